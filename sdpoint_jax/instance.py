@@ -1,0 +1,177 @@
+"""SDPoint instances: which downsampling point, which ratio, and the seeded draw of one per step.
+
+An instance is the network whose feature map is shrunk once, at one point, by one ratio (Kuen et al. 2018,
+section 3.1). This module needs neither JAX nor the nets, so that any host can know the draw of any step.
+"""
+
+import dataclasses
+import operator
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+STEM = -1  # The point that replaces the max-pool of an ImageNet stem.
+DEFAULT_RATIOS = (0.5, 0.75)  # Kuen et al. 2018, section 4.
+
+_NAME = re.compile(r"(?:stem|p(?P<block>[0-9]+))_r(?P<ratio>[0-9]*\.?[0-9]+(?:e-[0-9]+)?)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SDPointInstance:
+    """The network downsampled at `point` by `ratio`; without arguments, at full resolution.
+
+    Attributes:
+        point: 0 for no downsampling, k >= 1 for right after the addition of residual block k, `STEM` (-1) for
+            the stem's max-pool.
+        ratio: side of the downsampled feature map over its side before, in (0, 1); 1.0 if and only if `point` is 0.
+
+    Raises:
+        ValueError: a point or ratio outside of these sets.
+    """
+
+    point: int = 0
+    ratio: float = 1.0
+
+    def __post_init__(self):
+        try:
+            object.__setattr__(self, "point", operator.index(self.point))
+            object.__setattr__(self, "ratio", float(self.ratio))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"point {self.point!r}, ratio {self.ratio!r}: a point is a whole number, a ratio a number"
+            ) from None
+        if self.point < STEM:
+            raise ValueError(f"point {self.point}: valid are {STEM} (stem), 0 (full resolution) and 1, 2, ... (blocks)")
+        if self.point == 0 and self.ratio != 1.0:
+            raise ValueError(f"ratio {self.ratio} at point 0: full resolution has ratio 1.0")
+        if self.point != 0 and not 0.0 < self.ratio < 1.0:
+            raise ValueError(f"ratio {self.ratio} at point {self.point}: a downsampling ratio lies in (0, 1)")
+
+    @property
+    def name(self) -> str:
+        """`full`, `stem_r0.50`, `p05_r0.75`: for keys, files and logs. `from_name` is its inverse."""
+        if self.point == 0:
+            return "full"
+        short = f"{self.ratio:.2f}"
+        ratio = short if float(short) == self.ratio else repr(self.ratio)
+        return ("stem" if self.point == STEM else f"p{self.point:02d}") + f"_r{ratio}"
+
+    @classmethod
+    def from_name(cls, name: str) -> "SDPointInstance":
+        """The instance called `name`.
+
+        Raises:
+            ValueError: `name` is not the name of an instance.
+        """
+        if name == "full":
+            return FULL_RESOLUTION
+        match = _NAME.fullmatch(name)
+        if not match:
+            raise ValueError(
+                f"instance name {name!r}: valid are full, stem_r0.50, p05_r0.75 (a point and a ratio in (0, 1))"
+            )
+        return cls(int(match["block"]) if match["block"] else STEM, float(match["ratio"]))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FULL_RESOLUTION = SDPointInstance()
+
+
+def list_instances(
+    num_blocks: int,
+    *,
+    has_stem_point: bool,
+    ratios: Iterable[float] = DEFAULT_RATIOS,
+    points: Iterable[int] | None = None,
+) -> tuple[SDPointInstance, ...]:
+    """All instances of a net in order of depth: full resolution, the stem, block 1, ..., block N.
+
+    Args:
+        num_blocks: N, the number of residual blocks.
+        has_stem_point: whether the stem has a max-pool, hence a point of its own.
+        ratios: the downsampling ratios at every point.
+        points: a subset of the net's points; all by default.
+
+    Returns:
+        1 + len(ratios) * (N + has_stem_point) instances where `points` is None; ratios ascend within a point.
+
+    Raises:
+        ValueError: a point that the net does not have, no point at all, or a ratio outside of (0, 1).
+    """
+    net_points = (0, *((STEM,) if has_stem_point else ()), *range(1, num_blocks + 1))
+    wanted = set(net_points if points is None else points)
+    if not wanted:
+        raise ValueError("no downsampling points: name at least one (0 is full resolution)")
+    if unknown := sorted(wanted - set(net_points)):
+        raise ValueError(f"points {unknown}: the net has {describe_points(num_blocks, has_stem_point)}")
+    ratios = sorted(set(ratios))
+    if not ratios and wanted != {0}:
+        raise ValueError("no downsampling ratios: name at least one in (0, 1)")
+    return tuple(
+        SDPointInstance(point, ratio)
+        for point in net_points
+        if point in wanted
+        for ratio in ((1.0,) if point == 0 else ratios)
+    )
+
+
+def describe_points(num_blocks: int, has_stem_point: bool) -> str:
+    """The points of a net in words, for messages."""
+    stem = f"{STEM} (stem), " if has_stem_point else ""
+    return f"{stem}0 (full resolution) and 1 to {num_blocks}"
+
+
+def uniform_sampling(uniform: Callable[[], float], instances: Sequence[SDPointInstance]) -> SDPointInstance:
+    """The paper's draw: the point uniform over the points of `instances`, then the ratio over its ratios."""
+    points = list(dict.fromkeys(instance.point for instance in instances))
+    point = points[int(uniform() * len(points))]
+    at_point = [instance for instance in instances if instance.point == point]
+    return at_point[int(uniform() * len(at_point))]
+
+
+def legacy_sampling(uniform: Callable[[], float], instances: Sequence[SDPointInstance]) -> SDPointInstance:
+    """The draw of the authors' PyTorch release, fault included: block 1 falls through to full resolution.
+
+    There the drawn block id 0 (our point 1) is falsy in `drawn and id or nil`. For comparison with runs of the
+    original only.
+
+    Raises:
+        ValueError: block 1 is among `instances` but full resolution, which stands in for it, is not.
+    """
+    drawn = uniform_sampling(uniform, instances)
+    if drawn.point != 1:
+        return drawn
+    if FULL_RESOLUTION not in instances:
+        raise ValueError("legacy sampling replaces block 1 by full resolution: list full resolution among the instances")
+    return FULL_RESOLUTION
+
+
+SAMPLINGS = {"uniform": uniform_sampling, "legacy": legacy_sampling}
+
+
+def sample_instance(
+    seed: int, step: int, instances: Sequence[SDPointInstance], sampling: str = "uniform"
+) -> SDPointInstance:
+    """The instance of one training step, for the whole global batch (Kuen et al. 2018, section 3.1).
+
+    A pure function of its arguments: the same on every host, after a resume, and on every Python. One instance
+    in `instances` makes it the fixed instance: `[FULL_RESOLUTION]` is training without SDPoint.
+
+    Args:
+        seed: any integer.
+        step: the training step, from 0.
+        instances: those to draw from, in a fixed order.
+        sampling: `uniform`, the paper's; or `legacy`, see `legacy_sampling`.
+
+    Raises:
+        ValueError: no instances, or an unknown sampling.
+    """
+    if not instances:
+        raise ValueError("no instances to draw from")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling {sampling!r}: valid are {', '.join(SAMPLINGS)}")
+    # Seeded by a string, Python's generator gives the same `random()` in all versions.
+    generator = random.Random(f"sdpoint {operator.index(seed)} {operator.index(step)}")
+    return SAMPLINGS[sampling](generator.random, instances)

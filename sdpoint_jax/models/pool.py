@@ -1,0 +1,73 @@
+"""Adaptive pooling with PyTorch's windows, exact for every size, as static programs.
+
+Output cell i of n covers the input cells floor(i * size / n) .. ceil((i + 1) * size / n) - 1, height and width
+separately. The windows repeat every size / gcd(size, n) cells, so the usual sizes need only a few strided slices.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_MAX_SLICES = 8  # Windows per period up to which slices are used; an irregular size has as many as cells.
+
+
+def downsampled_size(size: int, ratio: float) -> int:
+    """Side after downsampling: size * ratio, rounded half to even, at least 1."""
+    return max(1, round(size * ratio))
+
+
+def adaptive_avg_pool(x, size: tuple[int, int]):
+    """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
+    for axis, out in ((1, size[0]), (2, size[1])):
+        if _is_periodic(x.shape[axis], out):
+            x = _pool_periods(x, axis, out, jnp.mean)
+        else:
+            x = _average_by_matrix(x, axis, out)
+    return x
+
+
+def adaptive_max_pool(x, size: tuple[int, int]):
+    """The maximum of `x` [B, H, W, C] over adaptive windows, as [B, *size, C]."""
+    for axis, out in ((1, size[0]), (2, size[1])):
+        if _is_periodic(x.shape[axis], out):
+            x = _pool_periods(x, axis, out, jnp.max)
+        else:
+            x = _max_by_gather(x, axis, out)
+    return x
+
+
+def _windows(size, out):
+    return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
+
+
+def _is_periodic(size, out):
+    return out // math.gcd(size, out) <= _MAX_SLICES
+
+
+def _pool_periods(x, axis, out, reduce):
+    size, before, after = x.shape[axis], x.shape[:axis], x.shape[axis + 1 :]
+    periods = math.gcd(size, out)
+    x = x.reshape(*before, periods, size // periods, *after)
+    cells = [
+        reduce(lax.slice_in_dim(x, start, stop, axis=axis + 1), axis=axis + 1)
+        for start, stop in _windows(size // periods, out // periods)
+    ]
+    return jnp.stack(cells, axis=axis + 1).reshape(*before, out, *after)
+
+
+def _average_by_matrix(x, axis, out):
+    matrix = np.zeros((out, x.shape[axis]), np.float32)
+    for row, (start, stop) in zip(matrix, _windows(x.shape[axis], out)):
+        row[start:stop] = 1 / (stop - start)
+    # Highest precision, as an average of bfloat16 or TF32 products would not be exact.
+    pooled = jnp.tensordot(x, matrix, axes=(axis, 1), precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(pooled, -1, axis).astype(x.dtype)
+
+
+def _max_by_gather(x, axis, out):
+    windows = _windows(x.shape[axis], out)
+    widest = max(stop - start for start, stop in windows)
+    taken = [jnp.take(x, np.array([min(start + i, stop - 1) for start, stop in windows]), axis) for i in range(widest)]
+    return jnp.stack(taken).max(axis=0)
