@@ -250,6 +250,11 @@ class ResNet(nn.Module):
         return self.architecture.num_blocks
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Top-level names of the variables in order: module k, of 0..N + 1, leads from position k - 1 to k."""
+        return ("stem", *(f"block_{k:02d}" for k in range(1, self.num_blocks + 1)), "head")
+
+    @property
     def has_stem_point(self) -> bool:
         """Whether the net has the point `STEM`."""
         return self.architecture.imagenet_stem

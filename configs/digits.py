@@ -1,0 +1,19 @@
+"""The default: handwritten digits, all instances of a small ResNet, in a minute or two on two CPU cores.
+
+    python train.py --config=configs/digits.py --workdir=runs/digits
+    python train.py --config=configs/digits.py --config.instances=full --workdir=runs/digits_plain
+"""
+
+from sdpoint_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.name = "resnet20"
+    config.num_epochs = 60.0
+    config.batch_size = 64
+    config.learning_rate = 0.1
+    config.warmup_epochs = 2.0
+    config.weight_decay = 5e-4
+    config.reestimate_batches = 20
+    return config

@@ -1,0 +1,55 @@
+"""Sweeps the SDPoint instances of a trained net: python evaluate.py --workdir=runs/digits
+
+Re-estimates BatchNorm statistics for each instance, evaluates it, and writes to WORKDIR/sweep (or --output): sweep.csv,
+sweep.json, sweep.png, and the artefact that sdpoint_jax.predictor.Predictor loads. The same command goes on with a
+sweep that was interrupted. Exit codes: 0 done, 2 error.
+"""
+
+import pathlib
+
+from absl import flags
+
+from sdpoint_jax import command
+
+
+def define_flags():
+    flags.DEFINE_string("workdir", "runs/digits", "Folder of a run, or of imported weights.")
+    flags.DEFINE_string("output", "", "Folder for the results; by default WORKDIR/sweep.")
+    flags.DEFINE_string("instances", "", "Names, as full,p03_r0.50; or all. By default those of the training.")
+    flags.DEFINE_list("points", [], "Only these downsampling points: -1 the stem, 0 full resolution, 1, 2, ... blocks.")
+    flags.DEFINE_list("ratios", [], "Only these downsampling ratios.")
+    flags.DEFINE_string("split", "", "Of the data set, to evaluate; by default the test split of the config.")
+    flags.DEFINE_integer("reestimate_batches", None, "Batches to re-estimate from; by default as in the config.")
+    flags.DEFINE_enum("reestimate_images", None, ["augmented", "clean"], "Likewise: which training images.")
+    flags.DEFINE_string("data_dir", None, "Where the prepared data sets are, if not where the training had them.")
+    flags.DEFINE_string("baseline", "", "Workdir of the same net trained without SDPoint, swept before: marked in the plot.")
+    return command.define_config(None)
+
+
+def main():
+    from sdpoint_jax import checkpoint, config as configs, experiment, sweep  # Late: JAX takes seconds.
+
+    values = flags.FLAGS
+    baseline = sweep.baseline_row(values.baseline) if values.baseline else None
+    arrays, record = checkpoint.load_newest(values.workdir)
+    config = values.config or configs.from_dict(record["config"])
+    for key in ("reestimate_batches", "reestimate_images"):
+        if values[key].value is not None:
+            config[key] = values[key].value
+    if values.data_dir is not None:
+        config.dataset.data_dir = values.data_dir
+    parts = experiment.Experiment(config)
+    instances = parts.instances
+    if values.instances or values.points or values.ratios:
+        points, ratios = [int(point) for point in values.points], [float(ratio) for ratio in values.ratios]
+        instances = experiment.parse_instances(parts.model, values.instances or "all", points, ratios)
+    output = pathlib.Path(values.output or pathlib.Path(values.workdir) / "sweep")
+    rows = sweep.sweep(
+        parts, arrays["params"], instances, output, split=values.split or config.dataset.test_split, baseline=baseline
+    )
+    print(sweep.format_table(rows))
+    print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {sweep.ARTEFACT}, for Predictor.load")
+
+
+if __name__ == "__main__":
+    command.run(define_flags, main)

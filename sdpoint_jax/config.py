@@ -1,0 +1,169 @@
+"""The configuration of an experiment: its keys with their defaults, and the checks that need nothing but the values.
+
+`configs/` holds a file per experiment; each starts from `default_config()` and changes what differs.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Keys that change neither the result of a run nor its checkpoints: a run may be continued with other values.
+RUN_TIME_KEYS = (
+    "dataset.data_dir",
+    "dataset.num_threads",
+    "dataset.num_workers",
+    "compile_workers",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "log_every_steps",
+)
+
+
+def default_config() -> ConfigDict:
+    """Every key there is, locked: setting another one is an error."""
+    config = ConfigDict()
+    config.seed = 0  # Of parameters, draws and data order.
+
+    config.model = ConfigDict()
+    config.model.name = "wrn16_1"  # See sdpoint_jax.models.
+    config.model.dtype = "float32"  # Of the computation: float32 or bfloat16.
+    config.model.cross_device_norm = False  # Normalise in training over all devices, not on each by itself.
+    config.model.remat = False  # Recompute activations in the backward pass, for less memory.
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "digits"  # Or a prepared TFDS set, as cifar10; or folder:PATH.
+    config.dataset.data_dir = ""  # Of prepared sets; TFDS's default where empty.
+    config.dataset.train_split = "train"
+    config.dataset.validation_split = "validation"  # Watched during training.
+    config.dataset.test_split = "test"  # What a sweep reports.
+    config.dataset.image_size = (8, 8)  # Height, width.
+    config.dataset.resize = 0  # Evaluation: shorter side before the centre crop; 0 for the data's default.
+    config.dataset.augmentation = "shift"  # See sdpoint_jax.data.
+    config.dataset.mean = (0.305,)  # Per channel, on the scale 0..1.
+    config.dataset.std = (0.376,)
+    config.dataset.on_bad_image = "error"  # Or skip.
+    config.dataset.num_threads = -1  # Reading and decoding; -1 for the data's default.
+    config.dataset.num_workers = 0  # Processes that read; 0 for threads alone.
+
+    config.instances = "all"  # Or names, as "full" (training without SDPoint) or "full,p01_r0.50".
+    config.points = ()  # With "all": downsampling points; empty for all of the net's.
+    config.ratios = (0.5, 0.75)  # With "all": downsampling ratios.
+    config.sampling = "uniform"  # Or legacy; see sdpoint_jax.instance.
+
+    config.num_epochs = 100.0
+    config.batch_size = 64  # Global: over all devices of all hosts.
+    config.microbatches = 1  # Passes over which a device's batch is split, for less memory.
+    config.learning_rate = 0.1
+    config.schedule = "cosine"  # Or step: multiplied by `decay` at each of `milestones`.
+    config.warmup_epochs = 0.0  # Linear, from 0.
+    config.milestones = ()  # Epochs.
+    config.decay = 0.1
+    config.momentum = 0.9
+    config.nesterov = False
+    config.weight_decay = 1e-4  # On every parameter.
+    config.label_smoothing = 0.0
+    config.clip_norm = 0.0  # Of the gradients, global; 0 for none.
+    config.on_nonfinite = "error"  # A loss or gradient that is not finite stops the run; or skip such steps.
+    config.init_from = ""  # A checkpoint whose parameters to start from.
+    config.reset_head = False  # With init_from: draw the classifier anew.
+
+    config.reestimate_batches = 100  # Batches of training images that BatchNorm statistics are re-estimated from.
+    config.reestimate_images = "augmented"  # As in training; or clean, preprocessed as in evaluation.
+    config.evaluation_batch_size = 200  # Global.
+    config.validate_every_epochs = 10.0
+    config.validation_instances = "auto"  # Names; auto for full resolution and two of lower cost.
+
+    config.checkpoint_every_steps = 500
+    config.keep_checkpoints = 2  # The latest ones.
+    config.log_every_steps = 1
+    config.compile_workers = 0  # Threads that compile; 0 for one per core.
+    return config.lock()
+
+
+def known_keys() -> tuple[str, ...]:
+    """The keys of a config, nested ones with a dot."""
+    return tuple(key for key, _ in _flatten(default_config()))
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises ValueError for a key that is missing or unknown, and for a value that no experiment can have."""
+    flat = dict(_flatten(config))
+    if unknown := sorted(set(flat) - set(known_keys())):
+        raise ValueError(f"config key {unknown[0]!r}: known are {', '.join(known_keys())}")
+    if missing := sorted(set(known_keys()) - set(flat)):
+        raise ValueError(f"config has no {', '.join(missing)}: start from sdpoint_jax.config.default_config()")
+    for key, valid in _CHOICES.items():
+        if flat[key] not in valid:
+            raise ValueError(f"config.{key} {flat[key]!r}: valid are {', '.join(valid)}")
+    for key, lowest in _LOWEST.items():
+        if not flat[key] >= lowest:
+            raise ValueError(f"config.{key} {flat[key]}: at least {lowest}")
+    for key in _POSITIVE:
+        if not flat[key] > 0:
+            raise ValueError(f"config.{key} {flat[key]}: must be positive")
+    size = flat["dataset.image_size"]
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"config.dataset.image_size {tuple(size)}: a height and a width in pixels")
+    if not 0 <= flat["label_smoothing"] < 1:
+        raise ValueError(f"config.label_smoothing {flat['label_smoothing']}: at least 0, less than 1")
+
+
+_CHOICES = {
+    "schedule": ("cosine", "step"),
+    "reestimate_images": ("augmented", "clean"),
+    "on_nonfinite": ("error", "skip"),
+    "dataset.on_bad_image": ("error", "skip"),
+}
+_POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs")
+_LOWEST = {
+    "batch_size": 1,
+    "evaluation_batch_size": 1,
+    "microbatches": 1,
+    "reestimate_batches": 1,
+    "checkpoint_every_steps": 1,
+    "keep_checkpoints": 1,
+    "log_every_steps": 1,
+    "warmup_epochs": 0,
+    "momentum": 0,
+    "weight_decay": 0,
+    "clip_norm": 0,
+}
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON holds it."""
+    return json.loads(config.to_json())
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`: the defaults updated by `values`; data only, nothing is executed.
+
+    Raises:
+        ValueError: an unknown key.
+    """
+    config = default_config()
+    for key, value in _flatten(values):
+        if key not in known_keys():
+            raise ValueError(f"config key {key!r}: known are {', '.join(known_keys())}")
+        *path, last = key.split(".")
+        target = config[path[0]] if path else config
+        target[last] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """Where two configs differ in what a run computes: `key: value, other value`."""
+    flat, other = dict(_flatten(config)), dict(_flatten(other))
+    return [
+        f"{key}: {flat[key]!r}, {other[key]!r}" for key in flat if key not in RUN_TIME_KEYS and flat[key] != other[key]
+    ]
+
+
+def _flatten(config, prefix="") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, (ConfigDict, Mapping)):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,251 @@
+"""Re-estimates BatchNorm statistics and evaluates, for many SDPoint instances in one pass over the data.
+
+Up to its point, an instance does just what full resolution does. So each batch walks the layers once, block by
+block, along the *trunk*; at each position (see `models.resnet`) the instances that downsample there run what is
+left of the net, their *suffix*. Full resolution is the suffix of the last position.
+"""
+
+import collections
+import functools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, prefetch, replicate, shapes_of
+from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.steps import cross_entropy
+
+
+class Evaluator:
+    """Re-estimates and evaluates some instances of a net; compiled once, it serves any parameters.
+
+    A program's key is an instance, for its suffix, or k = 0, 1, ... for the module of the trunk that leads to
+    position k.
+    """
+
+    def __init__(self, model, instances: Sequence[SDPointInstance], *, image_shape, batch_size: int, preprocess):
+        """Builds from shapes; compiles nothing yet.
+
+        Args:
+            model: the net.
+            instances: those of the net to serve.
+            image_shape: (H, W, C) of the uint8 images.
+            batch_size: images of one batch of this host, over all its devices.
+            preprocess: uint8 images to the net's input.
+
+        Raises:
+            ValueError: no instances, or one that the net does not have.
+        """
+        if not instances:
+            raise ValueError("no instances to evaluate")
+        for instance in instances:
+            model.check_instance(instance)
+        self._model = model.clone(norm_momentum=0.0)  # A batch leaves its own statistics, nothing of the ones before.
+        self._preprocess = preprocess
+        self._suffixes = collections.defaultdict(list)
+        for instance in dict.fromkeys(instances):
+            self._suffixes[self._position(instance)].append(instance)
+        self._last = max(self._suffixes)
+        self._keys = [*range(self._last + 1), *(i for k in self._suffixes for i in self._suffixes[k])]
+
+        devices = jax.local_device_count()
+        images = jax.ShapeDtypeStruct((batch_size // devices, *image_shape), np.uint8)
+        self._infer_shapes(images, devices)
+        self._reestimate = Switch(self._reestimate_program, self._reestimate_shapes)
+        self._evaluate = Switch(self._evaluate_program, self._evaluate_shapes)
+
+    def compile(self, workers: int) -> Iterator[tuple[Hashable, float]]:
+        """Compiles all programs in `workers` threads; yields (key, seconds) of each."""
+        yield from self._reestimate.compile(self._keys, workers)
+        yield from self._evaluate.compile(self._keys, workers)
+
+    @property
+    def num_programs(self) -> int:
+        """Programs that `compile` compiles."""
+        return 2 * len(self._keys)
+
+    def reestimate(self, params, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, Any]:
+        """BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
+
+        Each batch is normalised by its own statistics, as in training; then the first and second moments of every
+        layer's input are pooled over batches, devices and hosts (the authors keep a running average instead).
+
+        Args:
+            params: of the net.
+            batches: host batches with `images` [b, H, W, C] uint8, all of the same size.
+
+        Returns:
+            `batch_stats` on the host, by instance.
+        """
+        params = replicate(params)
+        moments = {key: replicate(jax.tree.map(_zeros, self._statistics_shapes[key])) for key in self._keys}
+        count = 0
+        for batch in prefetch({"images": batch["images"]} for batch in batches):
+            count += 1
+            share = np.float32(1 / count)
+            x, done = batch["images"], list(moments.values())
+            for k in range(self._last + 1):
+                moments[k], x = self._reestimate[k](self._of(k, params), moments[k], share, x)
+                for instance in self._suffixes.get(k, ()):
+                    moments[instance] = self._reestimate[instance](
+                        self._of(instance, params), moments[instance], share, x
+                    )
+            jax.block_until_ready(done)  # Stay at most one batch ahead of the devices.
+        if not count:
+            raise ValueError("no batches to re-estimate statistics from")
+        moments = {key: jax.device_get(value) for key, value in moments.items()}
+        return {instance: self._assemble(moments, instance) for k in self._suffixes for instance in self._suffixes[k]}
+
+    def evaluate(self, params, statistics: Mapping[SDPointInstance, Any], batches) -> dict[SDPointInstance, dict]:
+        """Metrics of each instance with its own statistics.
+
+        Args:
+            params: of the net.
+            statistics: `batch_stats` of each instance, from `reestimate`.
+            batches: host batches with `images` [b, H, W, C] uint8, `labels` [b] and `mask` [b], 1 for examples and
+                0 for padding.
+
+        Returns:
+            By instance: mean `loss`, `top1`, `top5` (None for less than six classes) in 0..1, and `count`.
+        """
+        missing = [instance.name for k in self._suffixes for instance in self._suffixes[k] if instance not in statistics]
+        if missing:
+            raise ValueError(f"no re-estimated statistics for {', '.join(missing)}")
+        params = replicate(params)
+        deepest = self._suffixes[self._last][0]
+        statistics = {k: statistics[deepest] for k in range(self._last + 1)} | dict(statistics)
+        statistics = {key: replicate(self._of(key, statistics[key])) for key in self._keys}
+        sums = {key: replicate(_zero_sums()) for key in self._keys if isinstance(key, SDPointInstance)}
+        for batch in prefetch(batches):
+            x, done = batch["images"], list(sums.values())
+            for k in range(self._last + 1):
+                x = self._evaluate[k](self._of(k, params), statistics[k], x)
+                for instance in self._suffixes.get(k, ()):
+                    sums[instance] = self._evaluate[instance](
+                        self._of(instance, params), statistics[instance], sums[instance], x, batch["labels"], batch["mask"]
+                    )
+            jax.block_until_ready(done)
+        return {instance: self._means(jax.device_get(total)) for instance, total in sums.items()}
+
+    def _position(self, instance):
+        """Where `instance` leaves the trunk."""
+        return {STEM: 0, 0: self._model.num_blocks}.get(instance.point, instance.point)
+
+    def _of(self, key, tree):
+        """The part of parameters or statistics that the program of `key` uses."""
+        if isinstance(key, SDPointInstance):
+            modules = self._model.modules[self._position(key) + 1 :]
+        else:
+            modules = self._model.modules[key : key + 1]
+        return {module: tree[module] for module in modules if module in tree}
+
+    def _assemble(self, moments, instance):
+        trunk = (moments[k] for k in range(self._position(instance) + 1))
+        return functools.reduce(lambda merged, part: merged | part, trunk, {}) | moments[instance]
+
+    def _means(self, total):
+        count = int(total.pop("count"))
+        means = {name: float(value) / count for name, value in total.items()}
+        if self._model.num_classes <= 5:
+            means["top5"] = None
+        return means | {"count": count}
+
+    def _forward(self, key, params, statistics, x, train):
+        """Runs the module or suffix of `key`; returns its output and the statistics of the batch, if training."""
+        if isinstance(key, SDPointInstance):
+            method = functools.partial(self._model.__class__.from_position, k=self._position(key), instance=key)
+        elif key == 0:
+            method, x = self._model.__class__.to_first_position, self._preprocess(x)
+        else:
+            method = functools.partial(self._model.__class__.next_position, k=key - 1)
+        variables = {"params": params, "batch_stats": statistics}
+        if train:
+            del variables["batch_stats"]
+        output, updated = self._model.apply(variables, x, method=method, train=train, mutable=["batch_stats"] if train else [])
+        return output, updated.get("batch_stats", {})
+
+    def _infer_shapes(self, images, devices):
+        variables = jax.eval_shape(
+            lambda x: self._model.init(jax.random.key(0), self._preprocess(x), train=False), images
+        )
+        self._params_shapes, self._activation_shapes, self._statistics_shapes = shapes_of(variables["params"]), {}, {}
+        x = images
+        for key in self._keys:
+            self._statistics_shapes[key] = self._of(key, variables["batch_stats"])
+        for k in range(self._last + 1):
+            self._activation_shapes[k] = x
+            forward = functools.partial(self._forward, k, train=False)
+            x, _ = jax.eval_shape(forward, self._of(k, variables["params"]), self._statistics_shapes[k], x)
+            for instance in self._suffixes.get(k, ()):
+                self._activation_shapes[instance] = x
+        self._activation_shapes = {
+            key: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype) for key, x in self._activation_shapes.items()
+        }
+
+    def _reestimate_shapes(self, key):
+        share = jax.ShapeDtypeStruct((), np.float32)
+        return self._of(key, self._params_shapes), self._statistics_shapes[key], share, self._activation_shapes[key]
+
+    def _reestimate_program(self, key):
+        def step(params, moments, share, x):
+            output, batch_stats = self._forward(key, params, None, x, train=True)
+            moments = _pool_moments(moments, _pool_devices(batch_stats), share)
+            return moments if isinstance(key, SDPointInstance) else (moments, output)
+
+        out_axes = REPLICATED if isinstance(key, SDPointInstance) else (REPLICATED, SHARDED)
+        return parallel(step, in_axes=(REPLICATED, REPLICATED, REPLICATED, SHARDED), out_axes=out_axes)
+
+    def _evaluate_shapes(self, key):
+        x = self._activation_shapes[key]
+        shapes = self._of(key, self._params_shapes), self._statistics_shapes[key]
+        if not isinstance(key, SDPointInstance):
+            return *shapes, x
+        labels, mask = (jax.ShapeDtypeStruct(x.shape[:2], dtype) for dtype in (np.int32, np.float32))
+        return *shapes, shapes_of(_zero_sums()), x, labels, mask
+
+    def _evaluate_program(self, key):
+        def advance(params, statistics, x):
+            return self._forward(key, params, statistics, x, train=False)[0]
+
+        def add_metrics(params, statistics, sums, x, labels, mask):
+            logits = self._forward(key, params, statistics, x, train=False)[0]
+            return jax.tree.map(jnp.add, sums, jax.lax.psum(_metric_sums(logits, labels, mask), AXIS))
+
+        if not isinstance(key, SDPointInstance):
+            return parallel(advance, in_axes=(REPLICATED, REPLICATED, SHARDED), out_axes=SHARDED)
+        in_axes = (REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, SHARDED)
+        return parallel(add_metrics, in_axes=in_axes, out_axes=REPLICATED)
+
+
+def _zeros(shape):
+    return np.zeros(shape.shape, shape.dtype)
+
+
+def _zero_sums():
+    return {name: np.float32(0) for name in ("loss", "top1", "top5", "count")}
+
+
+def _metric_sums(logits, labels, mask):
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1] == labels[:, None]
+    values = {"loss": cross_entropy(logits, labels), "top1": best[:, 0], "top5": best.any(-1), "count": 1.0}
+    return {name: jnp.sum(jnp.where(mask > 0, value, 0.0)) for name, value in values.items()}
+
+
+def _pool_devices(batch_stats):
+    """Moments over all devices of the moments {"mean", "var"} of each, which cover equally many values."""
+    if "mean" not in batch_stats:
+        return {name: _pool_devices(value) for name, value in batch_stats.items()}
+    mean = jax.lax.pmean(batch_stats["mean"], AXIS)
+    return {"mean": mean, "var": jax.lax.pmean(batch_stats["var"] + (batch_stats["mean"] - mean) ** 2, AXIS)}
+
+
+def _pool_moments(moments, batch_stats, share):
+    """Moments over the batches so far and one more, which is `share` of them all; stable in float32 (Chan 1979)."""
+    if "mean" not in moments:
+        return {name: _pool_moments(moments[name], batch_stats[name], share) for name in moments}
+    apart = batch_stats["mean"] - moments["mean"]
+    within = (1 - share) * moments["var"] + share * batch_stats["var"]
+    return {"mean": moments["mean"] + share * apart, "var": within + share * (1 - share) * apart**2}

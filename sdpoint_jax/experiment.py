@@ -1,0 +1,149 @@
+"""What training and a sweep share: the data, the net, its instances and batches, as a config describes them."""
+
+import functools
+import os
+from collections.abc import Iterable
+
+import jax
+from ml_collections import ConfigDict
+
+from sdpoint_jax import data, steps
+from sdpoint_jax.config import check_config
+from sdpoint_jax.devices import check_batch_size
+from sdpoint_jax.evaluation import Evaluator
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models import ResNet, create_model
+
+
+def parse_instances(
+    model: ResNet, names: str, points: Iterable[int] = (), ratios: Iterable[float] = ()
+) -> tuple[SDPointInstance, ...]:
+    """Instances of `model` by their comma-separated `names`, or `all` at these points and ratios, in order of depth.
+
+    Args:
+        names: as `full,p01_r0.50`, or `all`.
+        points: with `all`, a subset of the net's; empty for all of them.
+        ratios: with `all`; empty for the paper's.
+
+    Raises:
+        ValueError: a name that is none, or an instance that the net does not have.
+    """
+    if names == "all":
+        return model.instances(**({"ratios": ratios} if ratios else {}), **({"points": points} if points else {}))
+    wanted = dict.fromkeys(SDPointInstance.from_name(name.strip()) for name in names.split(","))
+    for instance in wanted:
+        model.check_instance(instance)
+    depth = {point: index for index, point in enumerate(dict.fromkeys(i.point for i in model.instances()))}
+    return tuple(sorted(wanted, key=lambda instance: (depth[instance.point], instance.ratio)))
+
+
+class Experiment:
+    """The parts of an experiment, checked against each other.
+
+    Attributes:
+        config: as given.
+        dataset: see `data.load_dataset`.
+        model: the net.
+        instances: those that training draws from.
+        image_shape: (H, W, C) of the uint8 images.
+        preprocess: uint8 images to the net's input, on the device.
+    """
+
+    def __init__(self, config: ConfigDict):
+        """Raises ValueError, in one line, for anything in `config` that does not fit."""
+        check_config(config)
+        self.config = config
+        for batch_size in (config.batch_size, config.evaluation_batch_size):
+            check_batch_size(batch_size)
+        self.dataset = data.load_dataset(
+            config.dataset.name, config.dataset.data_dir or None, on_bad_image=config.dataset.on_bad_image
+        )
+        self.image_shape = (*config.dataset.image_size, self.dataset.channels)
+        for key in ("mean", "std"):
+            if len(config.dataset[key]) != self.dataset.channels:
+                raise ValueError(
+                    f"config.dataset.{key} {tuple(config.dataset[key])}: {self.dataset.name} has "
+                    f"{self.dataset.channels} channels, one value each"
+                )
+        self.preprocess = functools.partial(steps.normalize, mean=config.dataset.mean, std=config.dataset.std)
+        self.model = create_model(
+            config.model.name,
+            self.dataset.num_classes,
+            dtype=config.model.dtype,
+            axis_name="devices" if config.model.cross_device_norm else None,
+            remat=config.model.remat,
+        )
+        self.model.check_image_size(config.dataset.image_size)
+        self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
+
+    @property
+    def num_training_images(self) -> int:
+        """Examples of the training split."""
+        return len(self.dataset.source(self.config.dataset.train_split))
+
+    def training_batches(self, start_step: int) -> data.Batches:
+        """This host's share of the training batches from `start_step` on, without end."""
+        return data.training_batches(
+            self.dataset,
+            self.config.dataset.train_split,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            augmentation=self.config.dataset.augmentation,
+            start_step=start_step,
+            **self._reading(),
+        )
+
+    def reestimation_batches(self, images: str) -> data.Batches:
+        """This host's share of training batches to re-estimate from, `augmented` or `clean`; without end."""
+        return data.training_batches(
+            self.dataset,
+            self.config.dataset.train_split,
+            batch_size=self.config.evaluation_batch_size,
+            seed=self.config.seed + 1,
+            augmentation=self.config.dataset.augmentation if images == "augmented" else "none",
+            **self._reading(),
+        )
+
+    def evaluation_batches(self, split: str) -> data.Batches:
+        """This host's share of `split`, each example once."""
+        return data.evaluation_batches(
+            self.dataset, split, batch_size=self.config.evaluation_batch_size, **self._reading()
+        )
+
+    def evaluator(self, instances: Iterable[SDPointInstance]) -> Evaluator:
+        """Of some of the net's instances."""
+        return Evaluator(
+            self.model,
+            tuple(instances),
+            image_shape=self.image_shape,
+            batch_size=self.config.evaluation_batch_size // jax.process_count(),
+            preprocess=self.preprocess,
+        )
+
+    @property
+    def validation_instances(self) -> tuple[SDPointInstance, ...]:
+        """Full resolution and, by default, two instances at about two thirds and one third of the cost."""
+        if self.config.validation_instances != "auto":
+            return parse_instances(self.model, self.config.validation_instances)
+        drawn = [instance for instance in self.instances if instance != FULL_RESOLUTION]
+        if not drawn:
+            return self.instances
+        halves = [instance for instance in drawn if instance.ratio == drawn[0].ratio]
+        chosen = {FULL_RESOLUTION, halves[len(halves) // 4], halves[len(halves) * 2 // 3]}
+        return tuple(i for i in (FULL_RESOLUTION, *drawn) if i in chosen)
+
+    @property
+    def compile_workers(self) -> int:
+        """Threads that compile."""
+        return self.config.compile_workers or os.cpu_count() or 1
+
+    def _reading(self):
+        dataset = self.config.dataset
+        return dict(
+            image_size=tuple(dataset.image_size),
+            resize=dataset.resize or None,
+            num_threads=None if dataset.num_threads < 0 else dataset.num_threads,
+            num_workers=dataset.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
