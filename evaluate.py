@@ -22,12 +22,24 @@ def define_flags():
     flags.DEFINE_integer("reestimate_batches", None, "Batches to re-estimate from; by default as in the config.")
     flags.DEFINE_enum("reestimate_images", None, ["augmented", "clean"], "Likewise: which training images.")
     flags.DEFINE_string("data_dir", None, "Where the prepared data sets are, if not where the training had them.")
-    flags.DEFINE_string("baseline", "", "Workdir of the same net trained without SDPoint, swept before: marked in the plot.")
-    return command.define_config(None)
+    flags.DEFINE_string(
+        "baseline", "", "Workdir of the same net trained without SDPoint, swept before: marked in the plot."
+    )
+    command.define_config(None)
+
+
+def numbers(flag, kind):
+    try:
+        return [kind(value) for value in flags.FLAGS[flag].value]
+    except ValueError:
+        raise ValueError(
+            f"--{flag}={','.join(flags.FLAGS[flag].value)}: give numbers with commas between them"
+        ) from None
 
 
 def main():
-    from sdpoint_jax import checkpoint, config as configs, experiment, sweep  # Late: JAX takes seconds.
+    from sdpoint_jax import checkpoint, experiment, sweep  # Late: JAX takes seconds.
+    from sdpoint_jax import config as configs
 
     values = flags.FLAGS
     baseline = sweep.baseline_row(values.baseline) if values.baseline else None
@@ -41,7 +53,7 @@ def main():
     parts = experiment.Experiment(config)
     instances = parts.instances
     if values.instances or values.points or values.ratios:
-        points, ratios = [int(point) for point in values.points], [float(ratio) for ratio in values.ratios]
+        points, ratios = numbers("points", int), numbers("ratios", float)
         instances = experiment.parse_instances(parts.model, values.instances or "all", points, ratios)
     output = pathlib.Path(values.output or pathlib.Path(values.workdir) / "sweep")
     rows = sweep.sweep(

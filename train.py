@@ -13,7 +13,7 @@ from sdpoint_jax import command
 
 def define_flags():
     flags.DEFINE_string("workdir", "runs/digits", "Folder of the run: checkpoints and logs.")
-    return command.define_config("configs/digits.py")
+    command.define_config("configs/digits.py")
 
 
 def main():

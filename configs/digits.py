@@ -1,7 +1,7 @@
 """The default: handwritten digits, all instances of a small ResNet, in a minute or two on two CPU cores.
 
-    python train.py --config=configs/digits.py --workdir=runs/digits
-    python train.py --config=configs/digits.py --config.instances=full --workdir=runs/digits_plain
+python train.py --config=configs/digits.py --workdir=runs/digits
+python train.py --config=configs/digits.py --config.instances=full --workdir=runs/digits_plain
 """
 
 from sdpoint_jax.config import default_config
@@ -10,7 +10,8 @@ from sdpoint_jax.config import default_config
 def get_config():
     config = default_config()
     config.model.name = "resnet20"
-    config.num_epochs = 60.0
+    config.dataset.image_size = (16, 16)  # Twice the native size, so that the last feature map is 4x4.
+    config.num_epochs = 40.0
     config.batch_size = 64
     config.learning_rate = 0.1
     config.warmup_epochs = 2.0

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import serialization, traverse_util
+from flax import traverse_util
 
 CHECKPOINTS = "checkpoints"  # Of a run, in its workdir.
 _CHECKSUMS = "crc32"
@@ -105,9 +105,13 @@ def _verify(path, arrays, record):
     if not isinstance(expected, dict) or _json_checksum(record["content"]) != expected.get("record"):
         raise CheckpointError(f"{path}: damaged: the checksum of its record does not match")
     found = _checksums(arrays)
-    bad = sorted(name for name in found.keys() | expected["arrays"].keys() if found.get(name) != expected["arrays"].get(name))
+    bad = sorted(
+        name for name in found.keys() | expected["arrays"].keys() if found.get(name) != expected["arrays"].get(name)
+    )
     if bad:
-        raise CheckpointError(f"{path}: damaged: checksum mismatch in {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}")
+        raise CheckpointError(
+            f"{path}: damaged: checksum mismatch in {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}"
+        )
 
 
 class RunCheckpoints:
@@ -148,7 +152,9 @@ def newest(directory: str | os.PathLike, warn=print) -> tuple[int, dict[str, Any
         except CheckpointError as error:
             warn(f"skipping a damaged checkpoint: {error}")
     if steps:
-        raise CheckpointError(f"{directory.absolute()}: none of the {len(steps)} checkpoints is sound; nothing was changed")
+        raise CheckpointError(
+            f"{directory.absolute()}: none of the {len(steps)} checkpoints is sound; nothing was changed"
+        )
     return None
 
 

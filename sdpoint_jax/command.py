@@ -1,5 +1,7 @@
 """What the commands have in common: flags, one-line errors, exit codes."""
 
+import os
+import pathlib
 import sys
 from collections.abc import Callable
 
@@ -10,16 +12,26 @@ from sdpoint_jax.config import known_keys
 
 STOPPED = 75  # Exit code after a stop on request (EX_TEMPFAIL): the same command goes on.
 FAILED = 2  # Exit code after any error.
+_CONFIGS = pathlib.Path("configs")
 
 
-def define_config(default: str | None):
-    """Defines --config=FILE and its overrides, --config.KEY=VALUE; returns the flag's holder."""
+def define_config(default: str | None) -> None:
+    """Defines --config=FILE, with overrides --config.KEY=VALUE; they are parsed here already, from the command line.
+
+    Raises:
+        ValueError: a file that is none, or an override of a key that the config does not have.
+    """
+    file = next((arg.partition("=")[2] for arg in sys.argv if arg.startswith("--config=")), default)
+    if file and not pathlib.Path(file.partition(":")[0]).is_file():
+        raise ValueError(
+            f"--config={file}: no such file; there are {', '.join(sorted(map(str, _CONFIGS.glob('*.py'))))}"
+        )
     try:
-        return config_flags.DEFINE_config_file("config", default, "File with get_config(). It is code, and is run.")
-    except AttributeError as error:  # Overrides are parsed here; the first cause names the key.
-        while error.__context__:
+        config_flags.DEFINE_config_file("config", default, "File with get_config(). It is code, and is run.")
+    except AttributeError as error:
+        while error.__context__:  # The first cause names the key.
             error = error.__context__
-        raise ValueError(f"config key {str(error)}: known are {', '.join(known_keys())}") from error
+        raise ValueError(f"config key {error}: known are {', '.join(known_keys())}") from error
 
 
 def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> None:
@@ -35,13 +47,26 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
             raise SystemExit(FAILED) from None
 
     logging.set_verbosity(logging.WARNING)
+    _keep_compiled_programs()
     flags.DEFINE_bool("debug", False, "Show where an error came from.")
     guarded(define_flags)
     app.run(lambda _: guarded(main), flags_parser=lambda argv: guarded(_parse, argv))
 
 
 def _parse(argv):
-    rest = flags.FLAGS(argv)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        *_, last = str(error).strip().splitlines()  # After the traceback of a config's own error.
+        raise ValueError(last.removeprefix("ValueError: ")) from error
     if rest[1:]:
         raise ValueError(f"argument {rest[1]!r}: flags begin with --, and take their value after =")
     return rest
+
+
+def _keep_compiled_programs():
+    """Lets JAX keep compiled programs for the next start, unless the environment says where, or that it should not."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "sdpoint_jax", "xla")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -48,9 +48,9 @@ def check_batch_size(batch_size: int) -> None:
     """Raises ValueError unless the global batch divides evenly over all devices."""
     devices = jax.device_count()
     if batch_size < 1 or batch_size % devices:
-        below, above = batch_size // devices * devices, -(-max(batch_size, 1) // devices) * devices
-        nearest = " or ".join(str(size) for size in sorted({below, above}) if size)
-        raise ValueError(f"batch size {batch_size} does not divide over {devices} devices; the nearest that does is {nearest}")
+        sizes = sorted({batch_size // devices * devices, -(-max(batch_size, 1) // devices) * devices} - {0})
+        nearest = " or ".join(map(str, sizes))
+        raise ValueError(f"batch size {batch_size} does not divide over {devices} devices; the nearest is {nearest}")
 
 
 def shapes_of(tree):

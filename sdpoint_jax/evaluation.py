@@ -111,7 +111,9 @@ class Evaluator:
         Returns:
             By instance: mean `loss`, `top1`, `top5` (None for less than six classes) in 0..1, and `count`.
         """
-        missing = [instance.name for k in self._suffixes for instance in self._suffixes[k] if instance not in statistics]
+        missing = [
+            instance.name for k in self._suffixes for instance in self._suffixes[k] if instance not in statistics
+        ]
         if missing:
             raise ValueError(f"no re-estimated statistics for {', '.join(missing)}")
         params = replicate(params)
@@ -125,7 +127,12 @@ class Evaluator:
                 x = self._evaluate[k](self._of(k, params), statistics[k], x)
                 for instance in self._suffixes.get(k, ()):
                     sums[instance] = self._evaluate[instance](
-                        self._of(instance, params), statistics[instance], sums[instance], x, batch["labels"], batch["mask"]
+                        self._of(instance, params),
+                        statistics[instance],
+                        sums[instance],
+                        x,
+                        batch["labels"],
+                        batch["mask"],
                     )
             jax.block_until_ready(done)
         return {instance: self._means(jax.device_get(total)) for instance, total in sums.items()}
@@ -164,7 +171,9 @@ class Evaluator:
         variables = {"params": params, "batch_stats": statistics}
         if train:
             del variables["batch_stats"]
-        output, updated = self._model.apply(variables, x, method=method, train=train, mutable=["batch_stats"] if train else [])
+        output, updated = self._model.apply(
+            variables, x, method=method, train=train, mutable=["batch_stats"] if train else []
+        )
         return output, updated.get("batch_stats", {})
 
     def _infer_shapes(self, images, devices):

@@ -11,7 +11,7 @@ from sdpoint_jax import data, steps
 from sdpoint_jax.config import check_config
 from sdpoint_jax.devices import check_batch_size
 from sdpoint_jax.evaluation import Evaluator
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, sample_instance
 from sdpoint_jax.models import ResNet, create_model
 
 
@@ -46,6 +46,7 @@ class Experiment:
         model: the net.
         instances: those that training draws from.
         image_shape: (H, W, C) of the uint8 images.
+        num_training_images: examples of the training split.
         preprocess: uint8 images to the net's input, on the device.
     """
 
@@ -58,6 +59,9 @@ class Experiment:
         self.dataset = data.load_dataset(
             config.dataset.name, config.dataset.data_dir or None, on_bad_image=config.dataset.on_bad_image
         )
+        if config.dataset.augmentation not in data.AUGMENTATIONS:
+            valid = ", ".join(data.AUGMENTATIONS)
+            raise ValueError(f"config.dataset.augmentation {config.dataset.augmentation!r}: valid are {valid}")
         self.image_shape = (*config.dataset.image_size, self.dataset.channels)
         for key in ("mean", "std"):
             if len(config.dataset[key]) != self.dataset.channels:
@@ -75,11 +79,8 @@ class Experiment:
         )
         self.model.check_image_size(config.dataset.image_size)
         self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
-
-    @property
-    def num_training_images(self) -> int:
-        """Examples of the training split."""
-        return len(self.dataset.source(self.config.dataset.train_split))
+        sample_instance(config.seed, 0, self.instances, config.sampling)  # Refuses a sampling that does not fit.
+        self.num_training_images = len(self.dataset.source(config.dataset.train_split))
 
     def training_batches(self, start_step: int) -> data.Batches:
         """This host's share of the training batches from `start_step` on, without end."""

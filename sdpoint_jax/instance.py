@@ -138,14 +138,12 @@ def legacy_sampling(uniform: Callable[[], float], instances: Sequence[SDPointIns
     original only.
 
     Raises:
-        ValueError: block 1 is among `instances` but full resolution, which stands in for it, is not.
+        ValueError: full resolution, which stands in for block 1, is not among `instances`.
     """
-    drawn = uniform_sampling(uniform, instances)
-    if drawn.point != 1:
-        return drawn
     if FULL_RESOLUTION not in instances:
-        raise ValueError("legacy sampling replaces block 1 by full resolution: list full resolution among the instances")
-    return FULL_RESOLUTION
+        raise ValueError("legacy sampling draws full resolution instead of block 1: it must be among the instances")
+    drawn = uniform_sampling(uniform, instances)
+    return FULL_RESOLUTION if drawn.point == 1 else drawn
 
 
 SAMPLINGS = {"uniform": uniform_sampling, "legacy": legacy_sampling}

@@ -1,11 +1,13 @@
 """Inference within a budget: loads a sweep's artefact, picks an SDPoint instance, predicts.
 
-    predictor = Predictor.load("runs/digits/sweep/artefact")
-    logits = predictor.predict(images, max_macs=500_000)
+predictor = Predictor.load("runs/digits/sweep/artefact")
+logits = predictor.predict(images, max_macs=500_000)
 """
 
+import argparse
 import functools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,3 +132,32 @@ class Predictor:
             wanted = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images {images.dtype} {list(images.shape)}: needs uint8 [B, {wanted}]")
         return images
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the instance for a budget: python -m sdpoint_jax.predictor ARTEFACT --max-macs=500000"""
+    parser = argparse.ArgumentParser(
+        prog="python -m sdpoint_jax.predictor", description="Picks the instance for a budget."
+    )
+    parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--max-macs", type=float, help="the most MACs that one image may cost")
+    budget.add_argument("--relative-budget", type=float, help="likewise, as a share of the dearest instance's MACs")
+    options = parser.parse_args(arguments)
+    try:
+        predictor = Predictor.load(options.artefact)
+        dearest = max(row["macs"] for row in predictor.table)
+        max_macs = options.max_macs if options.max_macs is not None else options.relative_budget * dearest
+        instance = predictor.select(max_macs=max_macs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    row = next(row for row in predictor.table if row["instance"] == instance.name)
+    print(
+        f"budget of {max_macs:,.0f} MACs: instance {instance.name}, {row['macs']:,} MACs "
+        f"({100 * row['macs'] / dearest:.0f} % of the dearest), top-1 {100 * row['top1']:.2f} %"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,9 @@ class TrainState:
     opt_state: Any
 
 
-def create_state(model, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]) -> TrainState:
+def create_state(
+    model, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
+) -> TrainState:
     """The state before step 0, on the host, with parameters drawn from `seed`; `image_shape` is (H, W, C)."""
 
     @jax.jit
@@ -58,7 +60,9 @@ def sgd(momentum: float, nesterov: bool, weight_decay: float, clip_norm: float =
 
 def normalize(images, mean: tuple[float, ...], std: tuple[float, ...]):
     """uint8 images [..., C] to float32, less `mean` and over `std`, one each per channel on the scale 0..1."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    mean, std = jnp.asarray(mean, jnp.float32).reshape(shape), jnp.asarray(std, jnp.float32).reshape(shape)
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def cross_entropy(logits, labels, label_smoothing: float = 0.0):
@@ -145,7 +149,7 @@ def update_step(
     learning_rate = jnp.float32(schedule(state.step))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda param, update: param - learning_rate * update, state.params, updates)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     applies = finite & (state.step == control[0])
     params, opt_state = jax.tree.map(
@@ -173,9 +177,7 @@ class TrainPrograms:
             **kwargs: of `gradient_step`, without the instance.
         """
         state, control, batch = shapes_of((state, control, batch))
-        update = functools.partial(
-            update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite
-        )
+        update = functools.partial(update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite)
 
         def build(instance):
             step = functools.partial(gradient_step, instance=instance, **kwargs)

@@ -64,7 +64,12 @@ def sweep(
     }
     _write(output / TABLE, json.dumps({**settings, "instances": rows, "baseline": baseline}, indent=1) + "\n")
     _write_csv(output / "sweep.csv", rows)
-    plot(rows, output / "sweep.png", title=f"{experiment.config.model.name} on {experiment.dataset.name}", baseline=baseline)
+    plot(
+        rows,
+        output / "sweep.png",
+        title=f"{experiment.config.model.name} on {experiment.dataset.name}",
+        baseline=baseline,
+    )
     arrays = {"params": params, "batch_stats": {instance.name: statistics[instance] for instance in instances}}
     checkpoint.save(output / ARTEFACT, arrays, _artefact_record(experiment, settings, rows))
     shutil.rmtree(output / _PARTIAL, ignore_errors=True)
@@ -190,7 +195,9 @@ def _measure(experiment, params, group, split):
         statistics = evaluator.reestimate(params, progress.track(chosen, num_batches, "re-estimating"))
     num_examples = len(experiment.dataset.source(split))
     with experiment.evaluation_batches(split) as batches:
-        metrics = evaluator.evaluate(params, statistics, progress.track(batches, -(-num_examples // size), "evaluating"))
+        metrics = evaluator.evaluate(
+            params, statistics, progress.track(batches, -(-num_examples // size), "evaluating")
+        )
     counts = {found["count"] for found in metrics.values()}
     if experiment.config.dataset.on_bad_image == "error" and counts != {num_examples}:
         raise RuntimeError(f"evaluated {sorted(counts)} examples of {split}, which has {num_examples}")

@@ -82,12 +82,14 @@ class Trainer:
 
     def run(self, signals: StopSignals) -> dict[str, dict[str, Any]]:
         """See `train`."""
-        (self._workdir / CONFIG).write_text(json.dumps(to_dict(self._config), indent=2) + "\n")
         self._step, state = self._restore_or_create()
         self._programs = self._compile(state)
         self._state = replicate(state)
+        (self._workdir / CONFIG).write_text(json.dumps(to_dict(self._config), indent=2) + "\n")
         self._log = RunLog(self._workdir, self._step)
-        self._checkpoints = checkpoint.RunCheckpoints(self._workdir / checkpoint.CHECKPOINTS, keep=self._config.keep_checkpoints)
+        self._checkpoints = checkpoint.RunCheckpoints(
+            self._workdir / checkpoint.CHECKPOINTS, keep=self._config.keep_checkpoints
+        )
         try:
             self._loop(signals)
         finally:
@@ -96,9 +98,7 @@ class Trainer:
         return self._results
 
     def _restore_or_create(self) -> tuple[int, TrainState]:
-        state = create_state(
-            self._experiment.model, self._optimizer, self._config.seed, self._experiment.image_shape
-        )
+        state = create_state(self._experiment.model, self._optimizer, self._config.seed, self._experiment.image_shape)
         found = checkpoint.newest(self._workdir / checkpoint.CHECKPOINTS)
         if found:
             step, arrays, record = found
@@ -249,5 +249,7 @@ def format_summary(results: dict[str, dict[str, Any]], workdir: str | pathlib.Pa
     """The end of a run in words: where things are, and what the last validation found."""
     lines = [f"trained; validation with re-estimated statistics (checkpoints and logs: {workdir}):"]
     for name, metrics in results.items():
-        lines.append(f"  {name:<12} top-1 {100 * metrics['top1']:6.2f} %   loss {metrics['loss']:.4f}   n {metrics['count']}")
+        lines.append(
+            f"  {name:<12} top-1 {100 * metrics['top1']:6.2f} %   loss {metrics['loss']:.4f}   n {metrics['count']}"
+        )
     return "\n".join([*lines, f"next: python evaluate.py --workdir={workdir}"])

@@ -263,9 +263,7 @@ class ResNet(nn.Module):
         self, ratios: Iterable[float] = sdpoint.DEFAULT_RATIOS, points: Iterable[int] | None = None
     ) -> tuple[SDPointInstance, ...]:
         """The net's instances in order of depth; see `instance.list_instances`."""
-        return sdpoint.list_instances(
-            self.num_blocks, has_stem_point=self.has_stem_point, ratios=ratios, points=points
-        )
+        return sdpoint.list_instances(self.num_blocks, has_stem_point=self.has_stem_point, ratios=ratios, points=points)
 
     def check_instance(self, instance: SDPointInstance) -> None:
         """Raises ValueError if the net does not have the point of `instance`."""
@@ -277,4 +275,6 @@ class ResNet(nn.Module):
         """Raises ValueError if images of `size` (height, width) are too small for the net."""
         smallest = self.architecture.min_image_size
         if min(size) < smallest:
-            raise ValueError(f"image size {size[0]}x{size[1]}: too small for the net, which needs sides of at least {smallest}")
+            raise ValueError(
+                f"image size {size[0]}x{size[1]}: too small for the net, which needs sides of at least {smallest}"
+            )

@@ -1,0 +1,34 @@
+# make demo: from a fresh machine to the cost-accuracy curve of a trained net and the instance for a budget.
+# make test: from a fresh machine to green tests. Both install into .venv the versions that were tested together.
+
+PYTHON ?= python3
+BIN = .venv/bin
+PINS = requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/python train.py --config=configs/digits.py --workdir=runs/digits
+	$(BIN)/python train.py --config=configs/digits.py --config.instances=full --workdir=runs/digits_plain
+	$(BIN)/python evaluate.py --workdir=runs/digits_plain
+	$(BIN)/python evaluate.py --workdir=runs/digits --baseline=runs/digits_plain
+	$(BIN)/python -m sdpoint_jax.predictor runs/digits/sweep/artefact --relative-budget=0.5
+
+test: .venv/installed_dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/installed_dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs
+
+.venv/installed: setup.cfg pyproject.toml $(PINS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable .
+	touch $@
+
+.venv/installed_dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from sdpoint_jax import config as configs
+
+
+def test_a_config_survives_json():
+    config = tiny.config(ratios=(0.5,), milestones=(40, 75))
+    restored = configs.from_dict(json.loads(json.dumps(configs.to_dict(config))))
+    assert restored == config and restored.ratios == (0.5,)
+
+
+def test_a_config_is_locked():
+    with pytest.raises(AttributeError):
+        configs.default_config().learning_rat = 0.1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedule": "linear"}, "config.schedule 'linear': valid are cosine, step"),
+        ({"reestimate_images": "test"}, "'test': valid are augmented, clean"),
+        ({"num_epochs": 0.0}, "config.num_epochs 0.0: must be positive"),
+        ({"batch_size": 0}, "config.batch_size 0: at least 1"),
+        ({"learning_rate": float("nan")}, "config.learning_rate nan: must be positive"),
+        ({"label_smoothing": 1.0}, "config.label_smoothing 1.0: at least 0, less than 1"),
+        ({"dataset": {"image_size": (32,)}}, "config.dataset.image_size .32,.: a height and a width"),
+    ],
+)
+def test_values_no_experiment_can_have_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        configs.check_config(tiny.config(**values))
+
+
+def test_unknown_and_missing_keys_are_named():
+    with pytest.raises(ValueError, match="config key 'learning_rat': known are .*learning_rate"):
+        configs.check_config(ConfigDict(configs.default_config().to_dict() | {"learning_rat": 1}))
+    with pytest.raises(ValueError, match="config has no batch_size"):
+        configs.check_config(ConfigDict({k: v for k, v in configs.default_config().items() if k != "batch_size"}))
+    with pytest.raises(ValueError, match="config key 'model.depth'"):
+        configs.from_dict({"model": {"depth": 3}})
+
+
+def test_what_does_not_change_a_run_is_no_difference():
+    config = tiny.config()
+    assert configs.differences(config, tiny.config(keep_checkpoints=9, compile_workers=3)) == []
+    assert configs.differences(config, tiny.config(seed=5)) == ["seed: 0, 5"]

@@ -1,0 +1,45 @@
+"""A net and an experiment small enough for tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdpoint_jax.config import default_config
+from sdpoint_jax.models import create_model
+from sdpoint_jax.steps import normalize
+
+IMAGE_SHAPE = (8, 8, 1)
+preprocess = functools.partial(normalize, mean=(0.3,), std=(0.4,))
+
+
+def net(**kwargs):
+    """Three pre-activation blocks: seven instances."""
+    return create_model("wrn10_1", 10, **kwargs)
+
+
+def variables(model):
+    """Parameters and statistics, on the host."""
+    return jax.device_get(jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *IMAGE_SHAPE)), train=False))())
+
+
+def batch(size, seed=0):
+    """Random images and labels."""
+    rng = np.random.RandomState(seed)
+    images = rng.randint(0, 256, (size, *IMAGE_SHAPE)).astype(np.uint8)
+    return {"images": images, "labels": rng.randint(0, 10, size).astype(np.int32)}
+
+
+def config(**values):
+    """Three instances on the digits, 30 steps, a validation at the end."""
+    tiny = default_config()
+    tiny.model.name = "wrn10_1"
+    tiny.instances = "full,p01_r0.50,p02_r0.75"
+    tiny.validation_instances = "full,p01_r0.50"
+    tiny.batch_size = 40
+    tiny.num_epochs = 1.0
+    tiny.reestimate_batches = 2
+    tiny.checkpoint_every_steps = 10
+    tiny.update(values)
+    return tiny
