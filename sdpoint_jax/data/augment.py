@@ -1,0 +1,197 @@
+"""What happens to an image between its file and the batch: uint8 in, uint8 out.
+
+A random augmentation comes in two parts. `draw` makes all random numbers of a batch at once, as one
+array of uniform numbers with a row per image; `apply` is a pure function of (image, row). So a
+batch's pixels depend on its seed alone, and a host that needs some rows of a batch draws the same
+numbers as a host that needs them all.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from sdpoint_jax.data.opencv import opencv
+
+Size = tuple[int, int]  # (height, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A random change of training images.
+
+    Attributes:
+      numbers: how many uniform random numbers in [0, 1) an image takes.
+      apply: (image uint8 [h, w, C], row float64 [numbers], size) -> uint8 [*size, C].
+    """
+
+    numbers: int
+    apply: Callable[[np.ndarray, np.ndarray, Size], np.ndarray]
+
+    def draw(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
+        """The random numbers of a batch: float64 [batch_size, numbers]."""
+        return rng.random((batch_size, self.numbers))
+
+
+def augmentation_named(name: str, resize_to: Size) -> Augmentation:
+    """The augmentation of that name; "none" is the evaluation preprocessing with `resize_to`.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"unknown augmentation {name!r}; valid: {', '.join(AUGMENTATIONS)}")
+    return AUGMENTATIONS[name] or Augmentation(0, lambda image, _, size: resize_and_center_crop(image, resize_to, size))
+
+
+# Evaluation.
+
+
+def resize_and_center_crop(image: np.ndarray, resize_to: Size, size: Size) -> np.ndarray:
+    """The evaluation preprocessing: torchvision's `Resize` and `CenterCrop` on a PIL image.
+
+    The image is resized, its aspect kept, until it just covers `resize_to`; of that the central
+    `size` is kept. Where `resize_to` is square, that is a resize of the shorter side. Both steps
+    are done as one, which saves resizing what is then cropped away and gives the same pixels.
+    """
+    height, width = image.shape[:2]
+    if resize_to[0] * width >= resize_to[1] * height:
+        full = resize_to[0], max(resize_to[1], int(resize_to[0] * width / height))
+    else:
+        full = max(resize_to[0], int(resize_to[1] * height / width)), resize_to[1]
+    top, left = round((full[0] - size[0]) / 2), round((full[1] - size[1]) / 2)
+    if full == (height, width):
+        return image[top : top + size[0], left : left + size[1]]
+    y, x = height / full[0], width / full[1]
+    right, bottom = min((left + size[1]) * x, width), min((top + size[0]) * y, height)
+    return resize(image, size, (left * x, top * y, right, bottom))
+
+
+def resize(image: np.ndarray, size: Size, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """PIL's bilinear resize, antialiased where it shrinks: uint8 [h, w, C] -> [*size, C].
+
+    `box` is (left, top, right, bottom), the part of the image to show; by default all of it.
+    """
+    from PIL import Image
+
+    plane = image[..., 0] if image.shape[-1] == 1 else image
+    resized = Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized).reshape(*size, image.shape[-1])
+
+
+# Training.
+
+
+def quick_resize(image: np.ndarray, size: Size) -> np.ndarray:
+    """As `resize` to about one grey level on average, and faster, where OpenCV is installed.
+
+    The image is smoothed as much as PIL would, then interpolated without antialiasing.
+    """
+    cv2 = opencv()
+    if cv2 is None:
+        return resize(image, size)
+    height, width = image.shape[:2]
+    if height > size[0] or width > size[1]:
+        across, down = _smoothing(width / size[1]), _smoothing(height / size[0])
+        image = cv2.sepFilter2D(image, -1, across, down, borderType=cv2.BORDER_REPLICATE)
+    resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized.reshape(*size, -1)
+
+
+def _smoothing(scale: float) -> np.ndarray:
+    """PIL's antialiasing kernel for shrinking `scale` times, a triangle, at whole pixels.
+
+    float32, of odd length, with sum 1.
+    """
+    reach = max(math.ceil(scale) - 1, 0)
+    kernel = 1 - np.abs(np.arange(-reach, reach + 1, dtype=np.float32)) / max(scale, 1)
+    return kernel / kernel.sum()
+
+
+def fit(image: np.ndarray, size: Size) -> np.ndarray:
+    """The largest central part that has the aspect of `size`, resized to it."""
+    height, width = image.shape[:2]
+    if (height, width) == size:
+        return image
+    scale = min(height / size[0], width / size[1])
+    h, w = max(1, round(scale * size[0])), max(1, round(scale * size[1]))
+    top, left = (height - h) // 2, (width - w) // 2
+    return quick_resize(image[top : top + h, left : left + w], size)
+
+
+def pad_and_crop(image: np.ndarray, row: np.ndarray, size: Size) -> np.ndarray:
+    """Fits the image to `size`, pads each side with black by an eighth, and crops `size` anywhere.
+
+    An eighth is the 4 pixels of CIFAR's 32, and 1 pixel of the digits' 8.
+    """
+    image = fit(image, size)
+    top, bottom, from_top, from_bottom = _shift(row[0], size[0])
+    left, right, from_left, from_right = _shift(row[1], size[1])
+    shifted = np.zeros_like(image)
+    shifted[top:bottom, left:right] = image[from_top:from_bottom, from_left:from_right]
+    return shifted
+
+
+def _shift(number, side):
+    """(start, end) in the shifted and in the original side, for a uniform number in [0, 1)."""
+    pad = side // 8
+    offset = int(number * (2 * pad + 1)) - pad
+    if offset < 0:
+        return -offset, side, 0, side + offset
+    return 0, side - offset, offset, side
+
+
+def flip(image: np.ndarray, number: float) -> np.ndarray:
+    """Mirrors the image left to right where `number` is under a half."""
+    if number >= 0.5:
+        return image
+    cv2 = opencv()
+    return image[:, ::-1] if cv2 is None else cv2.flip(image, 1).reshape(image.shape)
+
+
+CROP_TRIES = 10
+CROP_AREA = 0.08, 1.0
+CROP_ASPECT = 3 / 4, 4 / 3
+
+
+def random_crop_box(image_size: Size, row: np.ndarray) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random-resized crop, with torchvision's distribution.
+
+    A share of the area uniform in CROP_AREA and a width/height uniform in the logarithm over
+    CROP_ASPECT, at a uniform place; tried CROP_TRIES times, then the largest central crop of an
+    allowed aspect.
+
+    Args:
+      row: uniform numbers [4 * CROP_TRIES]: area, aspect, top and left of each try.
+    """
+    height, width = image_size
+    low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    for area, aspect, top, left in row.reshape(CROP_TRIES, 4).tolist():
+        area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area)
+        aspect = math.exp(low + (high - low) * aspect)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    aspect = min(max(width / height, CROP_ASPECT[0]), CROP_ASPECT[1])
+    h, w = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(image: np.ndarray, row: np.ndarray, size: Size) -> np.ndarray:
+    """A random part of the image (see `random_crop_box`), resized to `size`."""
+    top, left, height, width = random_crop_box(image.shape[:2], row)
+    return quick_resize(image[top : top + height, left : left + width], size)
+
+
+def _with_flip(apply, image, row, size):
+    return flip(apply(image, row[:-1], size), row[-1])
+
+
+AUGMENTATIONS = {
+    "none": None,  # the evaluation preprocessing
+    "shift": Augmentation(2, pad_and_crop),
+    "pad_crop_flip": Augmentation(3, functools.partial(_with_flip, pad_and_crop)),
+    "random_resized_crop_flip": Augmentation(4 * CROP_TRIES + 1, functools.partial(_with_flip, random_resized_crop)),
+}

@@ -1,0 +1,193 @@
+"""Image folders in ImageNet's layout: train/CLASS/IMAGE, and val|test/CLASS/IMAGE.
+
+As in torchvision's `ImageFolder`, classes are the sorted names of the folders in `train`, images
+are found by their extensions at any depth, and other files are passed over; here with a warning.
+Unlike there, the order of the images is shuffled (by a hash of their names, so always the same), so
+that a slice such as `train[:90%]` holds every class.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from concurrent import futures
+
+from absl import logging
+
+from sdpoint_jax.data.builder import ImageSet, Split
+from sdpoint_jax.data.decode import BadImageError
+from sdpoint_jax.data.examples import CACHE_BYTES, DecodedSplit
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderRecords:
+    """The image files of one split; see `examples.Records`.
+
+    Attributes:
+      root: the split's folder.
+      files: CLASS/IMAGE paths below it.
+      labels: the classes of the files.
+      passed_over: the paths below it that are no images, by their extensions or places.
+    """
+
+    root: str
+    files: list[str]
+    labels: list[int]
+    passed_over: list[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        with open(self.where(index), "rb") as file:
+            return file.read(), self.labels[index]
+
+    def where(self, index: int) -> str:
+        return os.path.join(self.root, self.files[index])
+
+
+def read_folder(root: str) -> tuple[tuple[str, ...], dict[str, FolderRecords]]:
+    """Lists an image folder.
+
+    Returns:
+      (class names, split name -> records). The splits are those of FOLDERS that are there.
+
+    Raises:
+      ValueError: no folder, no training split, fewer than two classes, a class without training
+        images, a later split with another class or without any images.
+    """
+    if not os.path.isdir(root):
+        raise ValueError(f"folder:{root}: there is no such folder")
+    places = {split: _first_folder(root, names) for split, names in FOLDERS.items()}
+    if places["train"] is None:
+        raise ValueError(f"folder:{root}: no 'train' folder; valid: train/CLASS/IMAGE, val|test/CLASS/IMAGE")
+    class_names = tuple(_subfolders(places["train"]))
+    if len(class_names) < 2:
+        raise ValueError(f"{places['train']}: {len(class_names)} class folders in it, a classifier needs 2")
+    records = {split: _records(place, class_names) for split, place in places.items() if place}
+    _check_classes(records["train"], class_names)
+    return class_names, records
+
+
+def common_image_size(splits: dict[str, FolderRecords]) -> tuple[int, int] | None:
+    """(height, width) if all images have it and are few enough to be kept decoded, else None.
+
+    Only file headers are read, and mostly a few: the first two photographs rarely have the same
+    size. A file without a readable header counts as of the common size: it is reported when it is
+    decoded.
+    """
+    paths = [records.where(index) for records in splits.values() for index in range(len(records))]
+    size = next(filter(None, map(_image_size, paths)), None)
+    if size is None or len(paths) * size[0] * size[1] * 3 > CACHE_BYTES:
+        return None
+    with futures.ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), 256):
+            if set(pool.map(_image_size, paths[start : start + 256])) - {size, None}:
+                return None
+    return size
+
+
+def image_set(root: str, name: str, on_bad_image: str) -> ImageSet:
+    """An image folder, to be written as a TFDS data set. Every image is decoded, to check it.
+
+    Args:
+      name: to load it by.
+      on_bad_image: "error", or "skip": images that cannot be decoded are reported and left out.
+    """
+    class_names, records = read_folder(root)
+    size = common_image_size(records)
+    return ImageSet(
+        name=name,
+        version="1.0.0",
+        description=f"The image folder {root}.",
+        class_names=class_names,
+        image_shape=(*(size or (None, None)), 3),
+        splits={
+            split: Split(len(part), functools.partial(_checked_examples, part, size, on_bad_image))
+            for split, part in records.items()
+        },
+        more_features=_more_features,
+    )
+
+
+def _checked_examples(records, image_size, on_bad_image):
+    num_classes = max(records.labels) + 1
+    decoded = DecodedSplit(records, channels=3, num_classes=num_classes, image_size=image_size)
+    for index, file in enumerate(records.files):
+        try:
+            decoded.decode(index)
+        except BadImageError as error:
+            if on_bad_image == "error":
+                raise
+            logging.warning("left out: %s", error)
+            yield file, None
+        else:
+            data, label = records.read(index)
+            yield file, {"file_name": file, "image": data, "label": label}
+
+
+def _more_features():
+    import tensorflow_datasets as tfds
+
+    return {"file_name": tfds.features.Text()}
+
+
+def _image_size(path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception:  # PIL raises nearly every type there is.
+        return None
+
+
+def _first_folder(root, names):
+    places = [os.path.join(root, name) for name in names]
+    return next(filter(os.path.isdir, places), None)
+
+
+def _subfolders(folder):
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _records(folder, class_names):
+    unknown = sorted(set(_subfolders(folder)) - set(class_names))
+    if unknown:
+        place = os.path.join(folder, unknown[0])
+        raise ValueError(f"{place}: no such class in train, which has {_some(class_names)}")
+    files = sorted(_files_below(folder), key=_scrambled)
+    images = [file for file in files if os.sep in file and file.lower().endswith(EXTENSIONS)]
+    if not images:
+        raise ValueError(f"{folder}: no images in it; valid: CLASS/IMAGE ({' '.join(EXTENSIONS)})")
+    passed_over = sorted(set(files) - set(images))
+    if passed_over:
+        logging.warning("%s: passed over, being no images: %s", folder, _some(passed_over))
+    labels = {name: label for label, name in enumerate(class_names)}
+    return FolderRecords(folder, images, [labels[file.split(os.sep, 1)[0]] for file in images], passed_over)
+
+
+def _files_below(folder):
+    """Relative paths of all files at any depth."""
+    for place, _, names in os.walk(folder, followlinks=True):
+        inner = os.path.relpath(place, folder)
+        yield from (name if inner == os.curdir else os.path.join(inner, name) for name in names)
+
+
+def _scrambled(file):
+    return hashlib.blake2b(os.fsencode(file)).digest()
+
+
+def _check_classes(train, class_names):
+    empty = sorted(set(range(len(class_names))) - set(train.labels))
+    if empty:
+        place = os.path.join(train.root, class_names[empty[0]])
+        raise ValueError(f"{place}: no images in this class; valid: {' '.join(EXTENSIONS)}")
+
+
+def _some(names):
+    shown = ", ".join(names[:10])
+    return shown if len(names) <= 10 else f"{shown}, ... ({len(names)} in all)"

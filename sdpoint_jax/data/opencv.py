@@ -1,0 +1,14 @@
+"""OpenCV, where it is installed."""
+
+import functools
+
+
+@functools.cache
+def opencv():
+    """The `cv2` module, or None: PIL then does its work, more slowly."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    cv2.setNumThreads(0)  # The pipeline's own threads and processes are the parallelism.
+    return cv2

@@ -1,0 +1,160 @@
+"""Prepares a data set, once: writes it where `load_dataset` finds it, as array_record files.
+
+    python -m sdpoint_jax.data.prepare cifar10 --data-dir=DIR
+    python -m sdpoint_jax.data.prepare cifar100 --source=cifar-100-python.tar.gz
+    python -m sdpoint_jax.data.prepare imagenet2012 --source=DIRECTORY_OF_THE_TWO_TAR_FILES
+    python -m sdpoint_jax.data.prepare folder:/path/to/images --name=my_images
+    python -m sdpoint_jax.data.prepare NAME
+
+CIFAR is downloaded without --source. A folder can be used as it is; prepared, it is faster on a
+network disk. Another NAME is one of TFDS's catalogue, which may need TensorFlow.
+
+A set that is there already is left alone. An interrupted command may be given again: a download
+goes on where it was, the writing starts anew, and nothing is taken for a whole set before it is
+one.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from sdpoint_jax.data import builder, cifar, digits, download, folder, imagenet
+from sdpoint_jax.data.datasets import ON_BAD_IMAGE, default_data_dir, prepared_sets
+
+
+def prepare(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    source: str | None = None,
+    set_name: str | None = None,
+    on_bad_image: str = "error",
+) -> Path:
+    """Prepares a data set and returns its directory.
+
+    Args:
+      name: "digits", "cifar10", "cifar100", "imagenet2012", "folder:PATH", or another set of TFDS's
+        catalogue.
+      data_dir: where prepared sets go; by default TFDS's.
+      source: the archive, or a directory that holds the archives; without it CIFAR is downloaded.
+      set_name: of a folder, the name to load it by.
+      on_bad_image: of a folder, "error" or "skip".
+
+    Raises:
+      ValueError: what is missing or wrong, in one line.
+    """
+    data_dir = os.path.expanduser(data_dir or default_data_dir())
+    if name.startswith("folder:"):
+        return _prepare_folder(name.removeprefix("folder:"), data_dir, set_name, on_bad_image)
+    if name in (found := prepared_sets(data_dir)):
+        return found[name]
+    if name == digits.NAME:
+        return builder.write(digits.image_set(), data_dir)
+    if name in cifar.ARCHIVES:
+        return _prepare_cifar(name, data_dir, source)
+    if name == imagenet.NAME:
+        return _prepare_imagenet(data_dir, source)
+    return _prepare_from_catalogue(name, data_dir)
+
+
+def _prepare_cifar(name, data_dir, source):
+    known = cifar.ARCHIVES[name]
+    if source is None:
+        archive = os.path.join(data_dir, "downloads", known[0])
+        download.download(cifar.URL + known[0], archive)
+    else:
+        archive = _find(source, known)
+    checksum = download.md5(archive)
+    version = next((version for version in known if cifar.MD5[version] == checksum), None)
+    if version is None:
+        expected = " or ".join(f"{cifar.MD5[version]} ({version})" for version in known)
+        raise ValueError(f"{archive}: its MD5 checksum is {checksum}, expected {expected}; fetch it again")
+    return builder.write(cifar.image_set(name, archive, version), data_dir)
+
+
+def _prepare_imagenet(data_dir, source):
+    if source is None:
+        files = " and ".join(imagenet.ARCHIVES.values())
+        raise ValueError(f"imagenet2012 needs --source=DIRECTORY with {files}, from https://image-net.org")
+    if os.path.isfile(source):
+        source = os.path.dirname(source) or os.curdir
+    archives = {split: _find(source, [file]) for split, file in imagenet.ARCHIVES.items()}
+    return builder.write(imagenet.image_set(archives), data_dir)
+
+
+def _prepare_folder(root, data_dir, set_name, on_bad_image):
+    root = os.path.abspath(os.path.expanduser(root))
+    set_name = set_name or re.sub(r"\W+", "_", os.path.basename(root)).lower()
+    if not re.fullmatch(r"[a-z]\w*", set_name):
+        raise ValueError(f"--name {set_name!r}; valid: a letter, then letters, digits and underscores")
+    if set_name in (found := prepared_sets(data_dir)):
+        return found[set_name]
+    return builder.write(folder.image_set(root, set_name, on_bad_image), data_dir)
+
+
+def _prepare_from_catalogue(name, data_dir):
+    import tensorflow_datasets as tfds
+
+    if re.split("[/:]", name)[0] not in tfds.list_builders(with_community_datasets=False):
+        raise ValueError(f"unknown data set {name!r}; valid: digits, folder:PATH, names of TFDS's catalogue")
+    try:
+        made = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        _check_network(made, data_dir)
+        made.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(f"TFDS needs TensorFlow to prepare {name} ({error}): pip install tensorflow-cpu") from None
+    except AssertionError as error:  # What TFDS raises where files are to be put by hand.
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+    return Path(made.data_dir)
+
+
+def _check_network(made, data_dir):
+    """Fails at once where TFDS would try for minutes; files that are there may be all it needs."""
+    there = any(path.is_file() for path in Path(data_dir, "downloads").rglob("*"))
+    if made.url_infos and not there:
+        download.check_host(next(iter(made.url_infos)))
+
+
+def _find(source, names):
+    """`source` if it is a file, else the first of `names` in it."""
+    if os.path.isfile(source):
+        return source
+    found = [path for name in names if os.path.isfile(path := os.path.join(source, name))]
+    if not found:
+        raise ValueError(f"{source}: no {' or '.join(names)} there")
+    return found[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", metavar="NAME", help="the data set")
+    parser.add_argument(
+        "--data-dir",
+        help="where prepared sets go (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+    )
+    parser.add_argument("--source", help="the archive, or the directory of the archives, that the set is made from")
+    parser.add_argument("--name", help="for a folder: the name to load it by (default: that of the folder)")
+    parser.add_argument("--on-bad-image", choices=ON_BAD_IMAGE, default="error", help="for a folder")
+    options = parser.parse_args(arguments)
+    try:
+        directory = prepare(
+            options.dataset,
+            options.data_dir,
+            source=options.source,
+            set_name=options.name,
+            on_bad_image=options.on_bad_image,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: give the same command again", file=sys.stderr)
+        return 130
+    print(f"{options.dataset} is prepared: {directory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Data sets by name; the embedded digits."""
+
+import subprocess
+import sys
+from concurrent import futures
+
+import numpy as np
+import pytest
+
+from sdpoint_jax import data
+from sdpoint_jax.data import builder, digits
+
+SPLITS = {"train": 1197, "validation": 200, "test": 400}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture(scope="module")
+def dataset(data_dir):
+    return data.load_dataset("digits", data_dir)
+
+
+def test_importing_the_package_imports_no_heavy_library():
+    code = (
+        "import sys, sdpoint_jax.data; "
+        "print({'jax', 'grain', 'tensorflow_datasets', 'cv2', 'sklearn'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_digits_have_the_documented_form(dataset):
+    assert dataset.name == "digits"
+    assert dataset.splits == SPLITS
+    assert dataset.class_names == tuple("0123456789") and dataset.num_classes == 10
+    assert dataset.channels == 1 and dataset.image_size == (8, 8)
+
+
+def test_digits_are_scikit_learns_each_in_one_split(dataset):
+    from sklearn.datasets import load_digits
+
+    expected = load_digits()
+    found = [example for split in SPLITS for example in dataset.source(split)]
+    key = lambda image, label: (image.tobytes(), int(label))  # noqa: E731
+    scaled = np.rint(expected.images * 255 / 16).astype(np.uint8)
+    assert sorted(key(example["image"], example["label"]) for example in found) == sorted(
+        map(key, scaled, expected.target)
+    )
+    assert max(example["image"].max() for example in found) == 255
+
+
+def test_every_digit_split_has_every_class_in_proportion():
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    splits = digits.split_indices(labels)
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(1797))
+    for split, indices in splits.items():
+        share = SPLITS[split] / 1797
+        counts = np.bincount(labels[indices], minlength=10)
+        assert np.abs(counts - share * np.bincount(labels)).max() < 2, split
+
+
+def test_processes_that_race_to_prepare_the_digits_all_get_them(tmp_path):
+    code = (
+        "import sys; from sdpoint_jax import data; print(len(data.load_dataset('digits', sys.argv[1]).source('test')))"
+    )
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code, str(tmp_path)]
+    run = lambda _: subprocess.run(command, capture_output=True, text=True)  # noqa: E731
+    with futures.ThreadPoolExecutor() as pool:
+        results = list(pool.map(run, range(2)))
+    assert [(result.returncode, result.stdout.strip()) for result in results] == [(0, "400")] * 2
+    assert [path.name for path in (tmp_path / "digits").iterdir() if path.is_dir()] == ["1.0.0"]
+
+
+def test_a_set_that_was_left_half_written_is_not_taken_for_one(tmp_path):
+    half = tmp_path / "digits" / "incomplete.ABCDEF_1.0.0"
+    half.mkdir(parents=True)
+    (half / "dataset_info.json").write_text("{}")
+    assert data.load_dataset("digits", str(tmp_path)).splits == SPLITS
+    assert not half.exists()
+
+
+def test_a_failing_preparation_leaves_no_set(tmp_path):
+    good = digits.image_set()
+    split = builder.Split(401, good.splits["test"].examples)
+    short = builder.ImageSet(**{**vars(good), "splits": {"test": split}})
+    with pytest.raises(ValueError, match="digits test: 400 examples found, 401 expected"):
+        builder.write(short, str(tmp_path), quiet=True)
+    assert not [path for path in (tmp_path / "digits").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    "split, length",
+    [("train[:90%]", 1077), ("train[1000:]", 197), ("train[-7:]", 7), ("validation+test", 600)],
+)
+def test_a_split_may_be_sliced_and_joined(dataset, split, length):
+    assert len(dataset.source(split)) == length
+
+
+def test_slices_join_to_the_whole(dataset):
+    whole, head, tail = (dataset.source(split) for split in ("test", "test[:30%]", "test[30%:]"))
+    joined = [*head, *tail]
+    assert len(joined) == len(whole)
+    for one, other in zip(whole, joined, strict=True):
+        assert one["label"] == other["label"]
+        np.testing.assert_array_equal(one["image"], other["image"])
+
+
+@pytest.mark.parametrize("split", ["val", "train[:", "train[:10%", "", "train[5:5]"])
+def test_an_impossible_split_names_the_valid_ones(dataset, split):
+    with pytest.raises(ValueError, match=r"digits.*train \(1197\)") as error:
+        dataset.source(split)
+    assert repr(split) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_name_lists_the_known_ones(dataset, data_dir):
+    with pytest.raises(ValueError, match="'no_such'.*digits, folder:PATH.*prepare") as error:
+        data.load_dataset("no_such", data_dir)
+    assert "\n" not in str(error.value)
+
+
+def test_a_set_that_is_not_prepared_comes_with_the_command_that_does_it(data_dir):
+    command = f"python -m sdpoint_jax.data.prepare cifar10 --data-dir={data_dir}"
+    with pytest.raises(ValueError, match=f"'cifar10' is not prepared.*{command}"):
+        data.load_dataset("cifar10", data_dir)
+
+
+def test_a_version_may_be_asked_for(dataset, data_dir):
+    assert data.load_dataset("digits:1.0.0", data_dir).splits == SPLITS
+    with pytest.raises(ValueError, match="digits:2.0.0"):
+        data.load_dataset("digits:2.0.0", data_dir)
+
+
+def test_the_data_dir_of_tfds_is_the_default(dataset, data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+    assert data.load_dataset("digits").splits == SPLITS
+
+
+def test_an_unknown_treatment_of_bad_images_names_the_known_ones(data_dir):
+    with pytest.raises(ValueError, match="'ignore'.*error, skip"):
+        data.load_dataset("digits", data_dir, on_bad_image="ignore")
