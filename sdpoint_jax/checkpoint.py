@@ -35,13 +35,12 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any], record: Mapping[str
         record: what JSON can hold.
     """
     path = pathlib.Path(path).absolute()
-    replaced = path.with_name(f"{path.name}.replaced")
-    writing = path.with_name(f"{path.name}.writing")
-    for leftover in (writing, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    writing, replaced = path.with_name(f"{path.name}.writing"), _replaced(path)
+    shutil.rmtree(writing, ignore_errors=True)
+    with _checkpointer() as checkpointer:
         checkpointer.save(writing, _save_args(arrays, record))
     if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         path.rename(replaced)
     writing.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -57,10 +56,12 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: there is none, or it is damaged: a file is missing, truncated or altered.
     """
     path = pathlib.Path(path).absolute()
+    if not path.exists() and _replaced(path).exists():
+        path = _replaced(path)  # The process was killed between the two renames of `save`.
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
             restored = checkpointer.restore(path, args)
         arrays, record = restored["arrays"], restored["record"]
@@ -68,6 +69,24 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path}: not a sound checkpoint: {_first_line(error)}") from error
     _verify(path, arrays, record)
     return arrays, record["content"]
+
+
+def _replaced(path):
+    return path.with_name(f"{path.name}.replaced")
+
+
+def _checkpointer():
+    alone = _this_host_alone()
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def _this_host_alone():
+    """All that is saved is the same on all hosts: none needs to wait for another."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"host{index}"
+    )
 
 
 def _first_line(error):
@@ -115,24 +134,34 @@ def _verify(path, arrays, record):
 
 
 class RunCheckpoints:
-    """The checkpoints of a run, folders named by their step; saved in the background, the newest kept."""
+    """Writes the checkpoints of a run, folders named by their step: in the background, on the main host alone."""
 
     def __init__(self, directory: str | os.PathLike, *, keep: int):
         """`keep`: how many of the newest to keep."""
-        self._directory = pathlib.Path(directory).absolute()
-        self._manager = ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        self._manager = None
+        if jax.process_index() != 0:
+            return
+        directory = pathlib.Path(directory).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, multiprocessing_options=_this_host_alone()
+        )
+        self._manager = ocp.CheckpointManager(directory, options=options)
 
     def save(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Starts to save; returns when `arrays`, which are on the host, may change."""
-        self._manager.save(step, args=_save_args(arrays, record), force=True)
+        if self._manager:
+            self._manager.save(step, args=_save_args(arrays, record), force=True)
 
     def wait(self) -> None:
         """Returns when what was saved is on disk."""
-        self._manager.wait_until_finished()
+        if self._manager:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then releases the threads."""
-        self._manager.close()
+        if self._manager:
+            self._manager.close()
 
 
 def newest(directory: str | os.PathLike, warn=print) -> tuple[int, dict[str, Any], dict[str, Any]] | None:

@@ -49,8 +49,33 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
     logging.set_verbosity(logging.WARNING)
     _keep_compiled_programs()
     flags.DEFINE_bool("debug", False, "Show where an error came from.")
+    flags.DEFINE_bool("distributed", False, "One of several processes; the cluster (TPU pod, SLURM, GKE) says which.")
+    flags.DEFINE_string("coordinator", "", "One of several processes, by hand: HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
+    flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
     guarded(define_flags)
-    app.run(lambda _: guarded(main), flags_parser=lambda argv: guarded(_parse, argv))
+    app.run(lambda _: guarded(_run_distributed, main), flags_parser=lambda argv: guarded(_parse, argv))
+
+
+def _run_distributed(main):
+    values = flags.FLAGS
+    by_hand = (values.coordinator, values.num_processes, values.process_id)
+    if any(value not in ("", None) for value in by_hand):
+        if "" in by_hand or None in by_hand or not 0 <= values.process_id < values.num_processes:
+            raise ValueError(
+                f"--coordinator={by_hand[0]} --num_processes={by_hand[1]} --process_id={by_hand[2]}: "
+                "give all three, with process_id from 0 to num_processes - 1"
+            )
+        _initialize_distributed(*by_hand)
+    elif values.distributed:
+        _initialize_distributed()
+    return main()
+
+
+def _initialize_distributed(*args):
+    import jax  # Late, as it takes seconds and a mistyped flag should not.
+
+    jax.distributed.initialize(*args)
 
 
 def _parse(argv):

@@ -1,10 +1,12 @@
 """How programs meet devices: the switch of compiled programs, replicas and shards; all of the project's pmap.
 
-Everything replicated is an ordinary pytree without a device axis; a batch has a leading axis of local devices.
+Everything replicated is an ordinary pytree without a device axis; what is sharded has a leading axis of devices. Both
+are global arrays, over the devices of all hosts.
 """
 
 import collections
 import concurrent.futures
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,20 +20,40 @@ REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
 
 
 def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
-    """`function` on every device of every host at once; collectives name `AXIS`."""
-    return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate)
+    """`function` on every device of every host at once; collectives name `AXIS`.
+
+    Args:
+        function: of one device's part of its arguments.
+        in_axes: `REPLICATED` or `SHARDED` for each argument.
+        out_axes: likewise for each output.
+        donate: which arguments' memory the outputs may take.
+
+    Returns:
+        compile(*shapes): from the arguments' shapes, over all devices, to the compiled program.
+    """
+    mapped = jax.pmap(
+        function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate, devices=jax.devices()
+    )
+
+    def compile_from(*shapes):
+        if jax.process_count() > 1:  # There, pmap traces from arrays alone.
+            specs = [PartitionSpec(AXIS) if axis == SHARDED else PartitionSpec() for axis in in_axes]
+            shapes = [jax.tree.map(functools.partial(_zeros, spec), shape) for spec, shape in zip(specs, shapes)]
+        return mapped.lower(*shapes).compile()
+
+    return compile_from
 
 
 def replicate(tree):
-    """Puts a host pytree on every local device."""
-    return jax.device_put(tree, _local_sharding(PartitionSpec()))
+    """Puts a host pytree, the same on every host, on every device."""
+    return _place(tree, PartitionSpec())
 
 
 def shard(batch: Mapping[str, np.ndarray]):
-    """Splits this host's batch, arrays [b, ...], over its devices: [local devices, b / local devices, ...]."""
+    """Splits this host's share of a batch, arrays [b, ...], over its devices: [devices, b / local devices, ...]."""
     devices = jax.local_device_count()
     split = {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
-    return jax.device_put(split, _local_sharding(PartitionSpec(AXIS)))
+    return _place(split, PartitionSpec(AXIS))
 
 
 def prefetch(batches: Iterable[Mapping[str, np.ndarray]], size: int = 2) -> Iterator[Any]:
@@ -42,6 +64,11 @@ def prefetch(batches: Iterable[Mapping[str, np.ndarray]], size: int = 2) -> Iter
         if len(ahead) > size:
             yield ahead.popleft()
     yield from ahead
+
+
+def is_main_host() -> bool:
+    """Whether this process is the one that writes files and reports."""
+    return jax.process_index() == 0
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -58,8 +85,19 @@ def shapes_of(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
 
 
-def _local_sharding(spec):
-    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), spec)
+def _place(tree, spec):
+    sharding = _sharding(spec)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def _zeros(spec, shape):
+    sharding = _sharding(spec)
+    zeros = np.zeros(sharding.shard_shape(shape.shape), shape.dtype)
+    return jax.make_array_from_callback(shape.shape, sharding, lambda _: zeros)
+
+
+def _sharding(spec):
+    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), spec)
 
 
 class Switch:
@@ -70,11 +108,11 @@ class Switch:
     """
 
     def __init__(self, build: Callable[[Hashable], Callable], shapes: Callable[[Hashable], tuple]):
-        """`build(key)` is the function of a key, made by `parallel`; `shapes(key)` its arguments' shapes."""
+        """`build(key)` is what `parallel` makes of a key's function; `shapes(key)` are its arguments' shapes."""
         self._build, self._shapes = build, shapes
         self._programs = {}
         # Many programs in flight on several CPU devices of one process deadlock in their collectives.
-        self._wait = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+        self._wait = jax.default_backend() == "cpu" and jax.device_count() > 1
 
     def __getitem__(self, key: Hashable) -> Callable:
         if key not in self._programs:
@@ -97,5 +135,5 @@ class Switch:
 
     def _compile(self, key):
         start = time.perf_counter()
-        self._programs[key] = self._build(key).lower(*self._shapes(key)).compile()
+        self._programs[key] = self._build(key)(*self._shapes(key))
         return key, time.perf_counter() - start

@@ -51,9 +51,8 @@ class Evaluator:
         self._last = max(self._suffixes)
         self._keys = [*range(self._last + 1), *(i for k in self._suffixes for i in self._suffixes[k])]
 
-        devices = jax.local_device_count()
-        images = jax.ShapeDtypeStruct((batch_size // devices, *image_shape), np.uint8)
-        self._infer_shapes(images, devices)
+        images = jax.ShapeDtypeStruct((batch_size // jax.local_device_count(), *image_shape), np.uint8)
+        self._infer_shapes(images, jax.device_count())
         self._reestimate = Switch(self._reestimate_program, self._reestimate_shapes)
         self._evaluate = Switch(self._evaluate_program, self._evaluate_shapes)
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax import data, steps
 from sdpoint_jax.config import check_config
-from sdpoint_jax.devices import check_batch_size
+from sdpoint_jax.devices import AXIS, check_batch_size
 from sdpoint_jax.evaluation import Evaluator
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, sample_instance
 from sdpoint_jax.models import ResNet, create_model
@@ -74,7 +74,7 @@ class Experiment:
             config.model.name,
             self.dataset.num_classes,
             dtype=config.model.dtype,
-            axis_name="devices" if config.model.cross_device_norm else None,
+            axis_name=AXIS if config.model.cross_device_norm else None,
             remat=config.model.remat,
         )
         self.model.check_image_size(config.dataset.image_size)

@@ -1,18 +1,26 @@
-"""Progress on the terminal: bars where one watches, plain lines elsewhere."""
+"""Progress on the terminal of the main host: bars where one watches, plain lines elsewhere."""
 
 import time
 from collections.abc import Hashable, Iterable, Iterator
 
 from tqdm import tqdm
 
+from sdpoint_jax.devices import is_main_host
 
-def bar(**kwargs) -> tqdm:
-    """A progress bar, shown on a terminal only; see `tqdm`."""
-    return tqdm(disable=None, dynamic_ncols=True, **kwargs)
+
+def say(line: str) -> None:
+    """Prints a line, above a bar if there is one."""
+    if is_main_host():
+        tqdm.write(line)
+
+
+def bar(items: Iterable | None = None, **kwargs) -> tqdm:
+    """A progress bar, over `items` or by hand, shown on a terminal only; see `tqdm`."""
+    return tqdm(items, disable=None if is_main_host() else True, dynamic_ncols=True, **kwargs)
 
 
 def compile_with_bar(compiled: Iterator[tuple[Hashable, float]], total: int, what: str) -> None:
-    """Runs `compiled`, as of `Switch.compile`, and reports the time it took and the work it was."""
+    """Runs `compiled`, as of `Switch.compile`, and says how long it took, and how long a program took."""
     start, work, count = time.perf_counter(), 0.0, 0
     with bar(total=total, desc=f"compiling {what}", unit="program") as shown:
         for key, seconds in compiled:
@@ -21,9 +29,4 @@ def compile_with_bar(compiled: Iterator[tuple[Hashable, float]], total: int, wha
             shown.update()
     if count:
         elapsed = time.perf_counter() - start
-        print(f"compiled {count} programs, {what}: {elapsed:.1f} s ({work / count:.1f} s a program)", flush=True)
-
-
-def track(items: Iterable, total: int, description: str) -> Iterator:
-    """Yields `items` with a bar."""
-    return iter(tqdm(items, total=total, desc=description, disable=None, dynamic_ncols=True))
+        say(f"compiled {count} programs, {what}: {elapsed:.1f} s ({work / count:.1f} s a program)")

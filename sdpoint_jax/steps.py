@@ -171,7 +171,7 @@ class TrainPrograms:
 
         Args:
             state: `TrainState` or its shapes.
-            control: sharded, or its shape: [local devices, 1 + flags].
+            control: sharded, or its shape: [devices, 1 + flags].
             batch: sharded, or its shapes; see `devices.shard`.
             optimizer, schedule, skip_nonfinite: see `update_step`.
             **kwargs: of `gradient_step`, without the instance.

@@ -16,6 +16,7 @@ from typing import Any
 from sdpoint_jax import checkpoint, progress
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.cost import count_cost
+from sdpoint_jax.devices import is_main_host
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 
@@ -62,6 +63,8 @@ def sweep(
         "reestimate_batches": experiment.config.reestimate_batches,
         "reestimate_images": experiment.config.reestimate_images,
     }
+    if not is_main_host():
+        return rows
     _write(output / TABLE, json.dumps({**settings, "instances": rows, "baseline": baseline}, indent=1) + "\n")
     _write_csv(output / "sweep.csv", rows)
     plot(
@@ -110,7 +113,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         top5 = "-" if row["top5"] is None else f"{100 * row['top5']:.2f} %"
         lines.append(
             f"{'*' if row['instance'] in front else ' '} {row['instance']:<12} {format_macs(row['macs']):>9} "
-            f"{100 * row['macs'] / dearest:>4.0f} % {100 * row['top1']:>6.2f} % {top5:>8} {row['loss']:>7.4f} {row['n']:>7}"
+            f"{100 * row['macs'] / dearest:>4.0f} % {100 * row['top1']:>6.2f} % {top5:>8} {row['loss']:>7.4f} "
+            f"{row['n']:>7}"
         )
     return "\n".join([*lines, "* on the Pareto front: no other instance is both cheaper and more accurate"])
 
@@ -173,14 +177,15 @@ def _group_results(experiment, params, group, output, split):
         try:
             arrays, record = checkpoint.load(path)
         except checkpoint.CheckpointError as error:
-            print(f"measuring again: {error}")
+            progress.say(f"measuring again: {error}")
         else:
             if record["key"] == key:
-                print(f"measured before: {names[0]} to {names[-1]}")
+                progress.say(f"measured before: {names[0]} to {names[-1]}")
                 return {i: (arrays.get(i.name, {}), record["metrics"][i.name]) for i in group}
     statistics, metrics = _measure(experiment, params, group, split)
     arrays = {instance.name: statistics[instance] for instance in group}
-    checkpoint.save(path, arrays, {"key": key, "metrics": {i.name: metrics[i] for i in group}})
+    if is_main_host():
+        checkpoint.save(path, arrays, {"key": key, "metrics": {i.name: metrics[i] for i in group}})
     return {instance: (statistics[instance], metrics[instance]) for instance in group}
 
 
@@ -192,11 +197,11 @@ def _measure(experiment, params, group, split):
     num_batches, size = experiment.config.reestimate_batches, experiment.config.evaluation_batch_size
     with experiment.reestimation_batches(experiment.config.reestimate_images) as batches:
         chosen = itertools.islice(batches, num_batches)
-        statistics = evaluator.reestimate(params, progress.track(chosen, num_batches, "re-estimating"))
+        statistics = evaluator.reestimate(params, progress.bar(chosen, total=num_batches, desc="re-estimating"))
     num_examples = len(experiment.dataset.source(split))
     with experiment.evaluation_batches(split) as batches:
         metrics = evaluator.evaluate(
-            params, statistics, progress.track(batches, -(-num_examples // size), "evaluating")
+            params, statistics, progress.bar(batches, total=-(-num_examples // size), desc="evaluating")
         )
     counts = {found["count"] for found in metrics.values()}
     if experiment.config.dataset.on_bad_image == "error" and counts != {num_examples}:

@@ -1,6 +1,7 @@
 """Training: every step draws one SDPoint instance and runs its program; validation, logs and checkpoints around it."""
 
 import collections
+import contextlib
 import itertools
 import json
 import pathlib
@@ -16,11 +17,11 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax import checkpoint, progress
 from sdpoint_jax.config import differences, from_dict, to_dict
-from sdpoint_jax.devices import prefetch, replicate, shard
+from sdpoint_jax.devices import is_main_host, prefetch, replicate, shard
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import sample_instance
 from sdpoint_jax.interruption import StopSignals, WorkdirLock
-from sdpoint_jax.logs import RunLog
+from sdpoint_jax.logs import NoLog, RunLog
 from sdpoint_jax.steps import TrainPrograms, TrainState, create_state, sgd
 
 CONFIG = "config.json"
@@ -61,7 +62,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[str
     """
     workdir = pathlib.Path(workdir)
     trainer = Trainer(config, workdir)
-    with WorkdirLock(workdir), StopSignals() as signals:
+    with WorkdirLock(workdir) if is_main_host() else contextlib.nullcontext(), StopSignals() as signals:
         return trainer.run(signals)
 
 
@@ -85,8 +86,9 @@ class Trainer:
         self._step, state = self._restore_or_create()
         self._programs = self._compile(state)
         self._state = replicate(state)
-        (self._workdir / CONFIG).write_text(json.dumps(to_dict(self._config), indent=2) + "\n")
-        self._log = RunLog(self._workdir, self._step)
+        if is_main_host():
+            (self._workdir / CONFIG).write_text(json.dumps(to_dict(self._config), indent=2) + "\n")
+        self._log = RunLog(self._workdir, self._step) if is_main_host() else NoLog()
         self._checkpoints = checkpoint.RunCheckpoints(
             self._workdir / checkpoint.CHECKPOINTS, keep=self._config.keep_checkpoints
         )
@@ -103,7 +105,7 @@ class Trainer:
         if found:
             step, arrays, record = found
             self._results = record["validation"]
-            print(f"continuing after step {step} of {self._total_steps}", flush=True)
+            progress.say(f"continuing after step {step} of {self._total_steps}")
             return step, serialization.from_state_dict(state, arrays)
         if self._config.init_from:
             state = state.replace(params=_initial_params(self._config, state.params))
@@ -158,7 +160,8 @@ class Trainer:
         return self._step % every == 0 or self._step == self._total_steps
 
     def _control(self, step, stop):
-        return np.tile(np.array([step, stop], np.int32), (jax.local_device_count(), 1))
+        control = np.tile(np.array([step, stop], np.int32), jax.local_device_count())
+        return shard({"control": control})["control"]
 
     def _finish_step(self, step, instance, metrics) -> bool:
         """Waits for a step, checks and logs it; returns whether some host was asked to stop by then."""
@@ -180,7 +183,7 @@ class Trainer:
             f"{(step + 1) * self._config.batch_size - 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}"
         )
         if self._config.on_nonfinite == "skip":
-            self._bar.write(f"skipped a step that is not finite: {what}")
+            progress.say(f"skipped a step that is not finite: {what}")
             return
         self._step = step
         self._save()
@@ -198,7 +201,7 @@ class Trainer:
         self._results = {instance.name: metrics for instance, metrics in results.items()}
         self._log.validation(self._step - 1, self._results)
         shown = ", ".join(f"{name} {100 * metrics['top1']:.2f} %" for name, metrics in self._results.items())
-        self._bar.write(f"step {self._step}/{self._total_steps}: validation top-1: {shown}")
+        progress.say(f"step {self._step}/{self._total_steps}: validation top-1: {shown}")
         self._clock = time.perf_counter()
 
     def _save(self):

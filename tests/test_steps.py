@@ -218,7 +218,8 @@ programs = test_steps.make_programs(model, state, devices.shard(tiny.batch(16)))
 current, losses = devices.replicate(state), []
 for step in range(20):
     instance = sample_instance(0, step, model.instances()[:3])
-    current, metrics = programs[instance](current, test_steps.control(step), devices.shard(tiny.batch(16, seed=step % 4)))
+    batch = devices.shard(tiny.batch(16, seed=step % 4))
+    current, metrics = programs[instance](current, test_steps.control(step), batch)
     losses.append(float(metrics["loss"]))
 print(json.dumps(losses))
 """

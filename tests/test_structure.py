@@ -13,7 +13,7 @@ IMPORTS = {
     "devices": set(),
     "config": set(),
     "logs": set(),
-    "progress": set(),
+    "progress": {"devices"},
     "interruption": set(),
     "command": {"config"},
     "models": {"instance"},
@@ -32,7 +32,7 @@ IMPORTS = {
         "progress",
         "interruption",
     },
-    "sweep": {"instance", "cost", "experiment", "config", "checkpoint", "progress"},
+    "sweep": {"instance", "cost", "devices", "experiment", "config", "checkpoint", "progress"},
     "predictor": {"instance", "models", "steps", "checkpoint"},
     "torch_import": {"models", "checkpoint", "config"},
 }

@@ -65,7 +65,7 @@ def architecture(name: str) -> Architecture:
     if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
         return _wide(int(wide[1]), int(wide[2]))
     raise ValueError(
-        f"model {name!r}: known are {', '.join(ARCHITECTURES)} and wrn{{depth}}_{{width}} for any depth 6n + 4 from 10 on"
+        f"model {name!r}: known are {', '.join(ARCHITECTURES)} and wrn{{depth}}_{{width}} of depth 6n + 4 >= 10"
     )
 
 

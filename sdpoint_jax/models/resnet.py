@@ -226,8 +226,8 @@ class ResNet(nn.Module):
     def from_position(self, x, k: int, *, instance: SDPointInstance, train: bool):
         """The activation at position k to logits [B, K]: the only loop over the blocks."""
         self.check_instance(instance)
-        for k in range(k, self.num_blocks):
-            x = self.next_position(x, k, instance=instance, train=train)
+        for position in range(k, self.num_blocks):
+            x = self.next_position(x, position, instance=instance, train=train)
         return self.head(self._pass_point(x, self.num_blocks, instance), train)
 
     def _pass_point(self, x, k, instance):
