@@ -44,6 +44,8 @@ def main():
     values = flags.FLAGS
     baseline = sweep.baseline_row(values.baseline) if values.baseline else None
     arrays, record = checkpoint.load_newest(values.workdir)
+    if values.config is None and "config" not in record:
+        raise ValueError(f"{values.workdir}: holds no config, as imported weights: give --config=FILE, for the data")
     config = values.config or configs.from_dict(record["config"])
     for key in ("reestimate_batches", "reestimate_images"):
         if values[key].value is not None:
@@ -51,6 +53,7 @@ def main():
     if values.data_dir is not None:
         config.dataset.data_dir = values.data_dir
     parts = experiment.Experiment(config)
+    parts.check_params(arrays["params"], values.workdir)
     instances = parts.instances
     if values.instances or values.points or values.ratios:
         points, ratios = numbers("points", int), numbers("ratios", float)

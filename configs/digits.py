@@ -11,7 +11,7 @@ def get_config():
     config = default_config()
     config.model.name = "resnet20"
     config.dataset.image_size = (16, 16)  # Twice the native size, so that the last feature map is 4x4.
-    config.num_epochs = 40.0
+    config.num_epochs = 30.0
     config.batch_size = 64
     config.learning_rate = 0.1
     config.warmup_epochs = 2.0

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterable
 
 import jax
+import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sdpoint_jax import data, steps
@@ -81,6 +83,22 @@ class Experiment:
         self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
         sample_instance(config.seed, 0, self.instances, config.sampling)  # Refuses a sampling that does not fit.
         self.num_training_images = len(self.dataset.source(config.dataset.train_split))
+
+    def check_params(self, params, source: str) -> None:
+        """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes."""
+        images = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
+        variables = jax.eval_shape(functools.partial(self.model.init, train=False), jax.random.key(0), images)
+        wanted, given = (
+            {name: value.shape for name, value in traverse_util.flatten_dict(tree, sep="/").items()}
+            for tree in (variables["params"], params)
+        )
+        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        if wrong:
+            listed = ", ".join(f"{name} {given.get(name)}, needs {wanted.get(name)}" for name in wrong[:3])
+            raise ValueError(
+                f"{source}: its parameters do not fit {self.config.model.name} for {self.dataset.num_classes} classes "
+                f"and {self.dataset.channels} channels: {listed}{' ...' if len(wrong) > 3 else ''}"
+            )
 
     def training_batches(self, start_step: int) -> data.Batches:
         """This host's share of the training batches from `start_step` on, without end."""

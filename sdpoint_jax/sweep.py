@@ -7,6 +7,7 @@ artefact holds the parameters once, the statistics of each instance, and the tab
 import csv
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -67,12 +68,9 @@ def sweep(
         return rows
     _write(output / TABLE, json.dumps({**settings, "instances": rows, "baseline": baseline}, indent=1) + "\n")
     _write_csv(output / "sweep.csv", rows)
-    plot(
-        rows,
-        output / "sweep.png",
-        title=f"{experiment.config.model.name} on {experiment.dataset.name}",
-        baseline=baseline,
-    )
+    what = f"{experiment.config.model.name} on {experiment.dataset.name}, {split}"
+    title = f"{what}: n = {rows[0]['n']}, bars of one standard error"
+    plot(rows, output / "sweep.png", title=title, baseline=baseline)
     arrays = {"params": params, "batch_stats": {instance.name: statistics[instance] for instance in instances}}
     checkpoint.save(output / ARTEFACT, arrays, _artefact_record(experiment, settings, rows))
     shutil.rmtree(output / _PARTIAL, ignore_errors=True)
@@ -128,7 +126,7 @@ def format_macs(macs: float) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str, baseline=None) -> None:
-    """Draws top-1 against MACs: a series per ratio, the Pareto front, full resolution and the baseline."""
+    """Draws top-1, with its standard error, against MACs: a series per ratio, the front, full resolution, baseline."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -137,30 +135,35 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: s
     everything = [row["macs"] for row in rows] + ([baseline["macs"]] if baseline else [])
     scale, unit = next((s, u) for s, u in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")) if max(everything) >= s)
 
-    def draw(some, **style):
-        axes.plot([row["macs"] / scale for row in some], [100 * row["top1"] for row in some], **style)
+    def draw(some, bars=True, **style):
+        errors = [100 * math.sqrt(row["top1"] * (1 - row["top1"]) / row["n"]) for row in some] if bars else None
+        x, y = [row["macs"] / scale for row in some], [100 * row["top1"] for row in some]
+        axes.errorbar(x, y, yerr=errors, elinewidth=0.8, **style)
 
-    front = pareto_front(rows)
-    draw(front, color="0.6", linewidth=6, alpha=0.4, solid_capstyle="round", label="Pareto front", zorder=1)
-    ratios = sorted({row["ratio"] for row in rows if row["point"] != 0})
-    for ratio, color, marker in zip(ratios, itertools.cycle(_COLORS), itertools.cycle("os^Dv")):
+    draw(pareto_front(rows), bars=False, color="0.6", linewidth=7, alpha=0.4, label="Pareto front", zorder=1)
+    for ratio, style in zip(sorted({row["ratio"] for row in rows if row["point"] != 0}), itertools.cycle(_STYLES)):
         some = sorted((row for row in rows if row["ratio"] == ratio and row["point"] != 0), key=lambda row: row["macs"])
-        draw(some, color=color, marker=marker, linewidth=1, markersize=5, label=f"downsampled by {ratio:g}", zorder=2)
-    full = [row for row in rows if row["point"] == 0]
-    draw(full, color="black", marker="*", markersize=15, linestyle="", label="full resolution", zorder=3)
+        draw(some, linewidth=1, markersize=5, label=f"downsampled by {ratio:g}", zorder=2, **style)
+    star = dict(marker="*", markersize=15, linestyle="", zorder=3)
+    draw([row for row in rows if row["point"] == 0], color="black", label="full resolution", **star)
     if baseline:
-        style = dict(markerfacecolor="none", markersize=15, linestyle="", zorder=4)
-        draw([baseline], color="tab:red", marker="*", label="plain net, trained without SDPoint", **style)
+        draw([baseline], color="tab:red", markerfacecolor="none", label="trained without SDPoint", **star)
     axes.set(xlabel=f"{unit}MACs per image", ylabel="top-1 accuracy (%)", title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     writing = pathlib.Path(path).with_suffix(".writing.png")
     figure.savefig(writing, dpi=150)
     writing.replace(path)
 
 
-_COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
+_STYLES = (
+    dict(color="tab:blue", marker="o"),
+    dict(color="tab:orange", marker="s"),
+    dict(color="tab:green", marker="^"),
+    dict(color="tab:purple", marker="D"),
+    dict(color="tab:brown", marker="v"),
+)
 
 
 def _group_results(experiment, params, group, output, split):
