@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, prefetch, replicate, shapes_of
-from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.steps import cross_entropy
 
 
@@ -47,7 +47,7 @@ class Evaluator:
         self._preprocess = preprocess
         self._suffixes = collections.defaultdict(list)
         for instance in dict.fromkeys(instances):
-            self._suffixes[self._position(instance)].append(instance)
+            self._suffixes[model.position_of(instance)].append(instance)
         self._last = max(self._suffixes)
         self._keys = [*range(self._last + 1), *(i for k in self._suffixes for i in self._suffixes[k])]
 
@@ -136,20 +136,16 @@ class Evaluator:
             jax.block_until_ready(done)
         return {instance: self._means(jax.device_get(total)) for instance, total in sums.items()}
 
-    def _position(self, instance):
-        """Where `instance` leaves the trunk."""
-        return {STEM: 0, 0: self._model.num_blocks}.get(instance.point, instance.point)
-
     def _of(self, key, tree):
         """The part of parameters or statistics that the program of `key` uses."""
         if isinstance(key, SDPointInstance):
-            modules = self._model.modules[self._position(key) + 1 :]
+            modules = self._model.modules[self._model.position_of(key) + 1 :]
         else:
             modules = self._model.modules[key : key + 1]
         return {module: tree[module] for module in modules if module in tree}
 
     def _assemble(self, moments, instance):
-        trunk = (moments[k] for k in range(self._position(instance) + 1))
+        trunk = (moments[k] for k in range(self._model.position_of(instance) + 1))
         return functools.reduce(lambda merged, part: merged | part, trunk, {}) | moments[instance]
 
     def _means(self, total):
@@ -161,12 +157,13 @@ class Evaluator:
 
     def _forward(self, key, params, statistics, x, train):
         """Runs the module or suffix of `key`; returns its output and the statistics of the batch, if training."""
+        net = type(self._model)
         if isinstance(key, SDPointInstance):
-            method = functools.partial(self._model.__class__.from_position, k=self._position(key), instance=key)
+            method = functools.partial(net.from_position, k=self._model.position_of(key), instance=key)
         elif key == 0:
-            method, x = self._model.__class__.to_first_position, self._preprocess(x)
+            method, x = net.to_first_position, self._preprocess(x)
         else:
-            method = functools.partial(self._model.__class__.next_position, k=key - 1)
+            method = functools.partial(net.next_position, k=key - 1)
         variables = {"params": params, "batch_stats": statistics}
         if train:
             del variables["batch_stats"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from sdpoint_jax import checkpoint, progress
 from sdpoint_jax.config import to_dict
-from sdpoint_jax.cost import count_cost
+from sdpoint_jax.cost import count_cost, list_layers
 from sdpoint_jax.devices import is_main_host
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
@@ -64,6 +64,8 @@ def sweep(
         "reestimate_batches": experiment.config.reestimate_batches,
         "reestimate_images": experiment.config.reestimate_images,
     }
+    shared, separate = (sum(passes) for passes in zip(*(count_passes(experiment, group) for group in groups)))
+    progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; one by one it were {separate:.1f}")
     if not is_main_host():
         return rows
     _write(output / TABLE, json.dumps({**settings, "instances": rows, "baseline": baseline}, indent=1) + "\n")
@@ -75,6 +77,20 @@ def sweep(
     checkpoint.save(output / ARTEFACT, arrays, _artefact_record(experiment, settings, rows))
     shutil.rmtree(output / _PARTIAL, ignore_errors=True)
     return rows
+
+
+def count_passes(experiment: Experiment, instances: Sequence[SDPointInstance]) -> tuple[float, float]:
+    """What one image costs in a sweep of `instances`, in full-resolution passes: with shared layers, one by one."""
+    model, size = experiment.model, tuple(experiment.config.dataset.image_size)
+
+    def macs(instance, modules):
+        layers = list_layers(model, instance, size, experiment.dataset.channels)
+        return sum(layer.macs for layer in layers if layer.name.partition("/")[0] in modules)
+
+    full = macs(FULL_RESOLUTION, model.modules)
+    trunk = macs(FULL_RESOLUTION, model.modules[: max(map(model.position_of, instances)) + 1])
+    suffixes = sum(macs(instance, model.modules[model.position_of(instance) + 1 :]) for instance in instances)
+    return (trunk + suffixes) / full, sum(macs(instance, model.modules) for instance in instances) / full
 
 
 def baseline_row(workdir: str | os.PathLike) -> dict[str, Any]:

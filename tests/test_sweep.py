@@ -1,5 +1,6 @@
 import csv
 import json
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import tiny
 from sdpoint_jax import checkpoint, sweep
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models import create_model
 from sdpoint_jax.predictor import Predictor, main
 from sdpoint_jax.steps import normalize
 
@@ -85,6 +87,15 @@ def test_an_interrupted_sweep_measures_only_what_is_missing(experiment, params, 
     moved = jax.tree.map(lambda x: x + 1e-3, params)
     sweep.sweep(experiment, moved, instances[:3], tmp_path, split="test")
     assert measured[3:] == [instances[0].name]
+
+
+def test_sharing_layers_costs_a_third_of_one_by_one():
+    model = create_model("resnet101", 1000)
+    at_224 = SimpleNamespace(dataset=SimpleNamespace(image_size=(224, 224)))
+    experiment = SimpleNamespace(model=model, config=at_224, dataset=SimpleNamespace(channels=3))
+    shared, separate = sweep.count_passes(experiment, model.instances())
+    assert (round(shared), round(separate)) == (15, 49)
+    assert sweep.count_passes(experiment, [FULL_RESOLUTION]) == (1, 1)
 
 
 def row(name, macs, top1):

@@ -254,6 +254,10 @@ class ResNet(nn.Module):
         """Top-level names of the variables in order: module k, of 0..N + 1, leads from position k - 1 to k."""
         return ("stem", *(f"block_{k:02d}" for k in range(1, self.num_blocks + 1)), "head")
 
+    def position_of(self, instance: SDPointInstance) -> int:
+        """Where `instance` downsamples: up to there it is as full resolution, which goes up to the last position."""
+        return {STEM: 0, 0: self.num_blocks}.get(instance.point, instance.point)
+
     @property
     def has_stem_point(self) -> bool:
         """Whether the net has the point `STEM`."""
