@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import re
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -10,7 +12,6 @@ from ml_collections import config_flags
 
 from sdpoint_jax.config import known_keys
 
-STOPPED = 75  # Exit code after a stop on request (EX_TEMPFAIL): the same command goes on.
 FAILED = 2  # Exit code after any error.
 _CONFIGS = pathlib.Path("configs")
 
@@ -44,17 +45,29 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
             if any(arg in ("--debug", "--debug=true") for arg in sys.argv):
                 raise
             print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            _leave_the_others()
             raise SystemExit(FAILED) from None
 
     logging.set_verbosity(logging.WARNING)
     _keep_compiled_programs()
+    _quieten_orbax()
     flags.DEFINE_bool("debug", False, "Show where an error came from.")
     flags.DEFINE_bool("distributed", False, "One of several processes; the cluster (TPU pod, SLURM, GKE) says which.")
     flags.DEFINE_string("coordinator", "", "One of several processes, by hand: HOST:PORT of process 0.")
     flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
     flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0.")
+    flags.DEFINE_integer("heartbeat_seconds", 60, "A process that is silent so long ends the others.", lower_bound=1)
     guarded(define_flags)
     app.run(lambda _: guarded(_run_distributed, main), flags_parser=lambda argv: guarded(_parse, argv))
+
+
+def _leave_the_others():
+    """Ends this process if it is one of several: the usual end waits for the others, of which one may be dead."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        print("this process ends, and so will the others; the same command goes on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(FAILED)
 
 
 def _run_distributed(main):
@@ -66,16 +79,24 @@ def _run_distributed(main):
                 f"--coordinator={by_hand[0]} --num_processes={by_hand[1]} --process_id={by_hand[2]}: "
                 "give all three, with process_id from 0 to num_processes - 1"
             )
+        if not re.fullmatch(r".+:[0-9]+", values.coordinator):
+            raise ValueError(f"--coordinator={values.coordinator}: give HOST:PORT of process 0, as 10.0.0.1:8476")
         _initialize_distributed(*by_hand)
     elif values.distributed:
-        _initialize_distributed()
+        try:
+            _initialize_distributed()
+        except ValueError as error:
+            raise ValueError(
+                f"--distributed: no cluster found ({error}); give --coordinator, --num_processes and --process_id"
+            ) from error
     return main()
 
 
 def _initialize_distributed(*args):
     import jax  # Late, as it takes seconds and a mistyped flag should not.
 
-    jax.distributed.initialize(*args)
+    silence = flags.FLAGS.heartbeat_seconds
+    jax.distributed.initialize(*args, heartbeat_timeout_seconds=silence, shutdown_timeout_seconds=silence)
 
 
 def _parse(argv):
@@ -95,3 +116,9 @@ def _keep_compiled_programs():
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def _quieten_orbax():
+    """Orbax raises a thread's error where it waits for the thread: no need to print a traceback as well."""
+    shown = threading.excepthook
+    threading.excepthook = lambda args: None if type(args.thread).__module__.startswith("orbax.") else shown(args)

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,8 +17,12 @@ RUN_TIME_KEYS = (
     "dataset.num_workers",
     "compile_workers",
     "checkpoint_every_steps",
+    "checkpoint_every_minutes",
     "keep_checkpoints",
+    "keep_best_checkpoints",
+    "best_metric",
     "log_every_steps",
+    "on_log_error",
 )
 
 
@@ -76,8 +81,12 @@ def default_config() -> ConfigDict:
     config.validation_instances = "auto"  # Names; auto for full resolution and two of lower cost.
 
     config.checkpoint_every_steps = 500
+    config.checkpoint_every_minutes = 0.0  # Besides; 0 for never.
     config.keep_checkpoints = 2  # The latest ones.
+    config.keep_best_checkpoints = 0  # Besides, of those after a validation: the best ones by `best_metric`.
+    config.best_metric = "full/top1"  # A validation instance, and top1 or loss.
     config.log_every_steps = 1
+    config.on_log_error = "error"  # Or continue, without logs, where they cannot be written.
     config.compile_workers = 0  # Threads that compile; 0 for one per core.
     return config.lock()
 
@@ -100,12 +109,17 @@ def check_config(config: ConfigDict) -> None:
     for key, lowest in _LOWEST.items():
         if not flat[key] >= lowest:
             raise ValueError(f"config.{key} {flat[key]}: at least {lowest}")
+    for key, value in flat.items():
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"config.{key} {value}: must be finite")
     for key in _POSITIVE:
         if not flat[key] > 0:
             raise ValueError(f"config.{key} {flat[key]}: must be positive")
     size = flat["dataset.image_size"]
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"config.dataset.image_size {tuple(size)}: a height and a width in pixels")
+    if not all(value > 0 for value in flat["dataset.std"]):
+        raise ValueError(f"config.dataset.std {tuple(flat['dataset.std'])}: must be positive")
     if not 0 <= flat["label_smoothing"] < 1:
         raise ValueError(f"config.label_smoothing {flat['label_smoothing']}: at least 0, less than 1")
 
@@ -114,6 +128,7 @@ _CHOICES = {
     "schedule": ("cosine", "step"),
     "reestimate_images": ("augmented", "clean"),
     "on_nonfinite": ("error", "skip"),
+    "on_log_error": ("error", "continue"),
     "dataset.on_bad_image": ("error", "skip"),
 }
 _POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs")
@@ -123,7 +138,9 @@ _LOWEST = {
     "microbatches": 1,
     "reestimate_batches": 1,
     "checkpoint_every_steps": 1,
+    "checkpoint_every_minutes": 0,
     "keep_checkpoints": 1,
+    "keep_best_checkpoints": 0,
     "log_every_steps": 1,
     "warmup_epochs": 0,
     "momentum": 0,
@@ -141,15 +158,20 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     """The inverse of `to_dict`: the defaults updated by `values`; data only, nothing is executed.
 
     Raises:
-        ValueError: an unknown key.
+        ValueError: an unknown key, or a value of another type than its default.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config {values!r}: not keys with values")
     config = default_config()
     for key, value in _flatten(values):
         if key not in known_keys():
             raise ValueError(f"config key {key!r}: known are {', '.join(known_keys())}")
         *path, last = key.split(".")
         target = config[path[0]] if path else config
-        target[last] = tuple(value) if isinstance(value, list) else value
+        try:
+            target[last] = tuple(value) if isinstance(value, list) else value
+        except TypeError:
+            raise ValueError(f"config.{key} {value!r}: must be of type {type(target[last]).__name__}") from None
     return config
 
 

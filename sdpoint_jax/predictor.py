@@ -134,11 +134,14 @@ class Predictor:
         return images
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the instance for a budget: python -m sdpoint_jax.predictor ARTEFACT --max-macs=500000"""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdpoint_jax.predictor", description="Picks the instance for a budget."
-    )
+    parser = _Parser(prog="python -m sdpoint_jax.predictor", description="Picks the instance for a budget.")
     parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max-macs", type=float, help="the most MACs that one image may cost")

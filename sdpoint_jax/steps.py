@@ -200,6 +200,10 @@ class TrainPrograms:
         yield from self._updates.compile(["update"], workers)
         yield from self._gradients.compile(instances, workers)
 
+    def gradients(self, instance: SDPointInstance) -> Callable:
+        """The first of the two alone; see `gradient_step`."""
+        return self._gradients[instance]
+
     def __getitem__(self, instance: SDPointInstance) -> Callable:
         gradient, update = self._gradients[instance], self._updates["update"]
 

@@ -5,6 +5,7 @@ artefact holds the parameters once, the statistics of each instance, and the tab
 """
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpoint_jax import checkpoint, progress
+from sdpoint_jax import checkpoint, files, progress
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.cost import count_cost, list_layers
 from sdpoint_jax.devices import is_main_host
@@ -68,7 +69,9 @@ def sweep(
     progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; one by one it were {separate:.1f}")
     if not is_main_host():
         return rows
-    _write(output / TABLE, json.dumps({**settings, "instances": rows, "baseline": baseline}, indent=1) + "\n")
+    files.write_atomically(
+        output / TABLE, json.dumps({**settings, "instances": rows, "baseline": baseline}, indent=1) + "\n"
+    )
     _write_csv(output / "sweep.csv", rows)
     what = f"{experiment.config.model.name} on {experiment.dataset.name}, {split}"
     title = f"{what}: n = {rows[0]['n']}, bars of one standard error"
@@ -97,13 +100,16 @@ def baseline_row(workdir: str | os.PathLike) -> dict[str, Any]:
     """The full-resolution row of the sweep of another run, trained without SDPoint.
 
     Raises:
-        ValueError: that run has not been swept.
+        ValueError: that run has not been swept, or its table is damaged.
     """
     path = pathlib.Path(workdir) / "sweep" / TABLE
     if not path.is_file():
         raise ValueError(f"baseline {workdir}: no {path}; first run: python evaluate.py --workdir={workdir}")
-    rows = json.loads(path.read_text())["instances"]
-    found = [row for row in rows if row["instance"] == FULL_RESOLUTION.name]
+    try:
+        rows = json.loads(path.read_bytes())["instances"]
+        found = [row for row in rows if row["instance"] == FULL_RESOLUTION.name]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"baseline {workdir}: {path} is not the table of a sweep: {error}") from None
     if not found:
         raise ValueError(f"baseline {workdir}: full resolution was not swept")
     return found[0]
@@ -168,9 +174,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: s
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3)
-    writing = pathlib.Path(path).with_suffix(".writing.png")
-    figure.savefig(writing, dpi=150)
-    writing.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
+    files.write_atomically(path, image.getvalue())
 
 
 _STYLES = (
@@ -262,16 +268,9 @@ def _artefact_record(experiment, settings, rows):
     }
 
 
-def _write(path, text):
-    writing = path.with_suffix(".writing")
-    writing.write_text(text)
-    writing.replace(path)
-
-
 def _write_csv(path, rows):
-    writing = path.with_suffix(".writing")
-    with writing.open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0].keys())
-        table.writeheader()
-        table.writerows(rows)
-    writing.replace(path)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, rows[0].keys())
+    table.writeheader()
+    table.writerows(rows)
+    files.write_atomically(path, text.getvalue())

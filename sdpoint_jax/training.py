@@ -3,29 +3,26 @@
 import collections
 import contextlib
 import itertools
-import json
 import pathlib
 import time
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
 import jax
-import numpy as np
-import optax
-from flax import serialization, traverse_util
+from flax import serialization
 from ml_collections import ConfigDict
 
-from sdpoint_jax import checkpoint, progress
-from sdpoint_jax.config import differences, from_dict, to_dict
-from sdpoint_jax.devices import is_main_host, prefetch, replicate, shard
-from sdpoint_jax.experiment import Experiment
-from sdpoint_jax.instance import sample_instance
+from sdpoint_jax import checkpoint, progress, starting
+from sdpoint_jax.config import to_dict
+from sdpoint_jax.devices import is_main_host, prefetch, replicate
 from sdpoint_jax.interruption import StopSignals, WorkdirLock
 from sdpoint_jax.logs import NoLog, RunLog
-from sdpoint_jax.steps import TrainPrograms, TrainState, create_state, sgd
+from sdpoint_jax.recipe import Recipe, control
+from sdpoint_jax.steps import TrainState
 
-CONFIG = "config.json"
 _STEPS_AHEAD = 2  # How far the host runs ahead of the devices: enough to keep them busy.
+_STOP, _SAVE = 0, 1  # The flags of `control`: any host may ask for the first, the main one for the second.
 
 
 class NonFiniteError(RuntimeError):
@@ -36,19 +33,6 @@ class Interrupted(RuntimeError):
     """A stop on request, after a checkpoint: the same command goes on from there."""
 
 
-def learning_rate_schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-    """Learning rate at a step: linear warm-up, then a cosine to 0 or the milestones of the config."""
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if config.schedule == "cosine":
-        main = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - warmup))
-    else:
-        milestones = (round(epoch * steps_per_epoch) - warmup for epoch in config.milestones)
-        main = optax.piecewise_constant_schedule(config.learning_rate, dict.fromkeys(milestones, config.decay))
-    if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), main], [warmup])
-
-
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Trains to the end in `workdir`, from its newest checkpoint where it has one.
 
@@ -57,6 +41,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[str
 
     Raises:
         ValueError: a config that does not fit, or a workdir that another run uses or has used.
+        OSError: a checkpoint or log could not be written; names the path.
         NonFiniteError: see `config.on_nonfinite`.
         Interrupted: SIGTERM or SIGINT came.
     """
@@ -72,139 +57,164 @@ class Trainer:
     def __init__(self, config: ConfigDict, workdir: pathlib.Path):
         """Checks what can be checked before anything is compiled or written; see `train` for errors."""
         self._config, self._workdir = config, workdir
-        _check_workdir(config, workdir)
-        self._experiment = Experiment(config)
-        self._evaluator = self._experiment.evaluator(self._experiment.validation_instances)
-        self._optimizer = sgd(config.momentum, config.nesterov, config.weight_decay, config.clip_norm)
-        self._steps_per_epoch = self._experiment.num_training_images / config.batch_size
-        self._total_steps = max(1, round(config.num_epochs * self._steps_per_epoch))
-        self._validate_every = max(1, round(config.validate_every_epochs * self._steps_per_epoch))
-        self._results = None
+        starting.check_workdir(config, workdir)
+        self._recipe = Recipe(config)
+        self._experiment, self._total_steps = self._recipe.experiment, self._recipe.total_steps
+        instances = self._experiment.validation_instances
+        self._best_metric = _parse_best_metric(config.best_metric, instances) if config.keep_best_checkpoints else None
+        self._evaluator = self._experiment.evaluator(instances)
+        self._step, self._results, self._validated_at, self._skipped = 0, None, 0, 0
 
     def run(self, signals: StopSignals) -> dict[str, dict[str, Any]]:
         """See `train`."""
-        self._step, state = self._restore_or_create()
-        self._programs = self._compile(state)
+        self._signals = signals
+        state = self._restore_or_create()
+        self._programs = self._recipe.programs(state)
+        self._compile()
         self._state = replicate(state)
         if is_main_host():
-            (self._workdir / CONFIG).write_text(json.dumps(to_dict(self._config), indent=2) + "\n")
-        self._log = RunLog(self._workdir, self._step) if is_main_host() else NoLog()
-        self._checkpoints = checkpoint.RunCheckpoints(
-            self._workdir / checkpoint.CHECKPOINTS, keep=self._config.keep_checkpoints
-        )
-        try:
-            self._loop(signals)
-        finally:
-            self._log.close()
-            self._checkpoints.close()
+            starting.write_config(self._config, self._workdir)
+        with contextlib.closing(self._open_checkpoints()) as self._checkpoints:
+            with contextlib.closing(self._open_log()) as self._log:
+                self._saved_at = time.monotonic()
+                self._loop()
+        if self._skipped:
+            progress.say(f"skipped {self._skipped} of {self._total_steps} steps, which were not finite")
         return self._results
 
-    def _restore_or_create(self) -> tuple[int, TrainState]:
-        state = create_state(self._experiment.model, self._optimizer, self._config.seed, self._experiment.image_shape)
-        found = checkpoint.newest(self._workdir / checkpoint.CHECKPOINTS)
-        if found:
-            step, arrays, record = found
-            self._results = record["validation"]
-            progress.say(f"continuing after step {step} of {self._total_steps}")
-            return step, serialization.from_state_dict(state, arrays)
-        if self._config.init_from:
-            state = state.replace(params=_initial_params(self._config, state.params))
-        return 0, state
+    def _restore_or_create(self) -> TrainState:
+        state = self._recipe.create_state()
+        if found := starting.restore_newest(self._config, self._workdir, state):
+            state, record = found
+            self._step, self._results = record["step"], record["validation"]
+            self._validated_at, self._skipped = record["validated_at"], record["skipped"]
+            progress.say(f"continuing after step {self._step} of {self._total_steps}")
+        elif self._config.init_from:
+            state = state.replace(params=starting.initial_params(self._config, state.params))
+        return state
 
-    def _compile(self, state):
-        local_batch = self._config.batch_size // jax.process_count()
-        images = np.empty((local_batch, *self._experiment.image_shape), np.uint8)
-        programs = TrainPrograms(
-            state,
-            self._control(0, False),
-            shard({"images": images, "labels": np.empty(local_batch, np.int32)}),
-            model=self._experiment.model,
-            optimizer=self._optimizer,
-            schedule=learning_rate_schedule(self._config, self._steps_per_epoch, self._total_steps),
-            preprocess=self._experiment.preprocess,
-            label_smoothing=self._config.label_smoothing,
-            microbatches=self._config.microbatches,
-            skip_nonfinite=self._config.on_nonfinite == "skip",
-        )
+    def _compile(self):
         if self._step < self._total_steps:
             instances, workers = self._experiment.instances, self._experiment.compile_workers
-            compiled = programs.compile(instances, workers)
+            compiled = self._programs.compile(instances, workers)
             progress.compile_with_bar(compiled, len(instances) + 1, "one for each instance and the update")
-        return programs
 
-    def _loop(self, signals):
+    def _open_checkpoints(self):
+        return checkpoint.RunCheckpoints(
+            self._workdir / checkpoint.CHECKPOINTS,
+            keep=self._config.keep_checkpoints,
+            keep_best=self._config.keep_best_checkpoints,
+            score=self._score,
+            start_step=self._step,
+        )
+
+    def _open_log(self):
+        if not is_main_host():
+            return NoLog()
+        validated = self._validated_at == self._step
+        return RunLog(self._workdir, self._step, validated=validated, on_error=self._config.on_log_error)
+
+    def _loop(self):
         config, pending = self._config, collections.deque()
+        if self._step and self._validation_is_due():  # It was interrupted.
+            self._validate()
+            self._save(replace=True)
         batches = self._experiment.training_batches(self._step)
         images = dict(total=self._total_steps * config.batch_size, initial=self._step * config.batch_size)
         with batches, progress.bar(**images, desc="training", unit="img", unit_scale=True) as self._bar:
             self._clock = time.perf_counter()
             for batch in itertools.islice(prefetch(batches), self._total_steps - self._step):
-                instance = sample_instance(config.seed, self._step, self._experiment.instances, config.sampling)
-                control = self._control(self._step, signals.received)
-                self._state, metrics = self._programs[instance](self._state, control, batch)
+                instance = self._recipe.draw(self._step)
+                self._signals.unsaved = True
+                said = control(self._step, self._signals.received, self._minutes_are_over())
+                self._state, metrics = self._programs[instance](self._state, said, batch)
                 pending.append((self._step, instance, metrics))
                 self._step += 1
-                validates = self._is_due(self._validate_every)
-                saves = self._is_due(config.checkpoint_every_steps)
+                validates = self._validation_is_due()
+                saves = self._is_due(config.checkpoint_every_steps) or (validates and config.keep_best_checkpoints > 0)
                 stops = False
                 while len(pending) > (0 if validates or saves or stops else _STEPS_AHEAD):
-                    stops |= self._finish_step(*pending.popleft())
-                if validates:
+                    flags = self._finish_step(*pending.popleft())
+                    stops, saves = stops or flags[_STOP], saves or flags[_SAVE]
+                if validates and not stops:
                     self._validate()
                 if saves or stops:
                     self._save()
-                if stops and self._step < self._total_steps:
-                    raise Interrupted(f"stopped after step {self._step} of {self._total_steps}, which is saved")
+                if stops:
+                    raise Interrupted(self._stopped())
+
+    def _stopped(self):
+        return f"stopped after step {self._step} of {self._total_steps}, which is saved"
 
     def _is_due(self, every):
         return self._step % every == 0 or self._step == self._total_steps
 
-    def _control(self, step, stop):
-        control = np.tile(np.array([step, stop], np.int32), jax.local_device_count())
-        return shard({"control": control})["control"]
+    def _validation_is_due(self):
+        return self._is_due(self._recipe.validate_every) and self._validated_at != self._step
 
-    def _finish_step(self, step, instance, metrics) -> bool:
-        """Waits for a step, checks and logs it; returns whether some host was asked to stop by then."""
+    def _minutes_are_over(self):
+        """Whether to save for the time that has gone by, as the main host decides for all."""
+        minutes = self._config.checkpoint_every_minutes
+        over = minutes > 0 and is_main_host() and time.monotonic() - self._saved_at >= 60 * minutes
+        if over:
+            self._saved_at = time.monotonic()
+        return over
+
+    def _finish_step(self, step, instance, metrics) -> tuple[bool, bool]:
+        """Waits for a step, checks and logs it; returns whether some host had asked to stop, and to save."""
         metrics = jax.device_get(metrics)
         row = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm", "learning_rate")}
         if not metrics["finite"]:
-            self._report_nonfinite(step, instance, row)
+            self._report_nonfinite(step, row)
+            row["skipped"] = self._skipped
         now = time.perf_counter()
         rate, self._clock = self._config.batch_size / (now - self._clock), now
         self._bar.set_postfix_str(f"{instance.name}, loss {row['loss']:.3f}, step {step + 1}", refresh=False)
         self._bar.update(self._config.batch_size)
         if step % self._config.log_every_steps == 0 or not metrics["finite"]:
             self._log.step(step, {"instance": instance.name, **row}, rate)
-        return bool(metrics["flags"][0])
+        self._checkpoints.check()
+        return tuple(metrics["flags"] > 0)
 
-    def _report_nonfinite(self, step, instance, row):
-        what = (
-            f"step {step}, instance {instance.name}, training examples {step * self._config.batch_size} to "
-            f"{(step + 1) * self._config.batch_size - 1}: loss {row['loss']}, gradient norm {row['gradient_norm']}"
-        )
+    def _report_nonfinite(self, step, row):
+        what = f"{self._recipe.describe(step)}: loss {row['loss']}, gradient norm {row['gradient_norm']}"
         if self._config.on_nonfinite == "skip":
-            progress.say(f"skipped a step that is not finite: {what}")
+            self._skipped += 1
+            progress.say(f"skipped a step that is not finite, the {self._skipped}. so far: {what}")
             return
         self._step = step
         self._save()
         self._checkpoints.wait()
-        raise NonFiniteError(f"not finite: {what}; the state before it is checkpoint {step}")
+        raise NonFiniteError(
+            f"not finite: {what}; the state before it is checkpoint {step}; the same command with "
+            f"--replay_step={step} shows which gradients are not finite"
+        )
 
     def _validate(self):
         """Re-estimates and evaluates the validation instances."""
         config = self._config
         params = jax.device_get(self._state.params)
         with self._experiment.reestimation_batches(config.reestimate_images) as batches:
-            statistics = self._evaluator.reestimate(params, itertools.islice(batches, config.reestimate_batches))
+            chosen = itertools.islice(batches, config.reestimate_batches)
+            statistics = self._evaluator.reestimate(params, self._until_stop(chosen))
         with self._experiment.evaluation_batches(config.dataset.validation_split) as batches:
-            results = self._evaluator.evaluate(params, statistics, batches)
+            results = self._evaluator.evaluate(params, statistics, self._until_stop(batches))
         self._results = {instance.name: metrics for instance, metrics in results.items()}
+        self._validated_at = self._step
         self._log.validation(self._step - 1, self._results)
         shown = ", ".join(f"{name} {100 * metrics['top1']:.2f} %" for name, metrics in self._results.items())
         progress.say(f"step {self._step}/{self._total_steps}: validation top-1: {shown}")
         self._clock = time.perf_counter()
 
-    def _save(self):
+    def _until_stop(self, batches: Iterable) -> Iterator:
+        """A validation can take minutes: a stop leaves it undone. Of several hosts none can do so alone."""
+        for batch in batches:
+            if self._signals.received and jax.process_count() == 1:
+                self._save()
+                raise Interrupted(self._stopped())
+            yield batch
+
+    def _save(self, replace=False):
         self._log.flush()
         record = {
             "config": to_dict(self._config),
@@ -212,40 +222,27 @@ class Trainer:
             "examples_seen": self._step * self._config.batch_size,
             "class_names": list(self._experiment.dataset.class_names),
             "validation": self._results,
+            "validated_at": self._validated_at,
+            "skipped": self._skipped,
             "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         }
         arrays = serialization.to_state_dict(jax.device_get(self._state))
-        self._checkpoints.save(self._step, arrays, record)
+        self._checkpoints.save(self._step, arrays, record, replace=replace)
+
+    def _score(self, record):
+        if not self._best_metric or not record.get("validation") or record["validated_at"] != record["step"]:
+            return None
+        instance, metric = self._best_metric
+        value = record["validation"].get(instance, {}).get(metric)
+        return -value if metric == "loss" and value is not None else value
 
 
-def _check_workdir(config, workdir):
-    path = workdir / CONFIG
-    if not path.exists():
-        return
-    try:
-        changed = differences(from_dict(json.loads(path.read_text())), config)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a config: {error}") from None
-    if changed:
-        raise ValueError(f"workdir {workdir} holds a run of another config (there, here): {'; '.join(changed)}")
-
-
-def _initial_params(config, drawn):
-    """The parameters in the checkpoint `config.init_from`, but for a classifier that is to be drawn anew."""
-    arrays, _ = checkpoint.load_newest(config.init_from)
-    ours, theirs = (traverse_util.flatten_dict(tree, sep="/") for tree in (drawn, arrays["params"]))
-    if config.reset_head:
-        theirs |= {name: value for name, value in ours.items() if name.startswith("head/dense/")}
-    wrong = sorted(name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name))
-    if wrong:
-        listed = ", ".join(f"{name} ({_shape(theirs, name)}, needs {_shape(ours, name)})" for name in wrong[:3])
-        hint = "" if config.reset_head else "; config.reset_head=True draws a new classifier"
-        raise ValueError(f"config.init_from {config.init_from}: does not fit {config.model.name}: {listed}{hint}")
-    return traverse_util.unflatten_dict(theirs, sep="/")
-
-
-def _shape(flat, name):
-    return flat[name].shape if name in flat else None
+def _parse_best_metric(text, instances):
+    instance, _, metric = text.partition("/")
+    names = [instance.name for instance in instances]
+    if instance not in names or metric not in ("top1", "loss"):
+        raise ValueError(f"config.best_metric {text!r}: valid are {', '.join(names)}, each with /top1 or /loss")
+    return instance, metric
 
 
 def format_summary(results: dict[str, dict[str, Any]], workdir: str | pathlib.Path) -> str:

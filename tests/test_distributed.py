@@ -25,7 +25,7 @@ OVERRIDES = (
     "--config.warmup_epochs=0.0",
     "--config.learning_rate=0.001",  # So low that rounding, which sums in another order, does not grow.
     "--config.reestimate_batches=2",
-    "--config.checkpoint_every_steps=10",
+    "--config.checkpoint_every_steps=5",
 )
 
 
@@ -59,21 +59,44 @@ def params_of(workdir):
     return arrays["params"]
 
 
+def wait_for(step, started, workdir):
+    """Until there is a checkpoint of that step or a later one."""
+    while max([0, *checkpoint.list_steps(workdir / "checkpoints")]) < step:
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+
+
+def stop_after(step, started, workdir):
+    """Stops a run by a signal to any one of its processes; returns the step that all of them name."""
+    wait_for(step, started, workdir)
+    started[-1].send_signal(signal.SIGTERM)
+    outputs = finish(started, code=75)
+    stopped_at, _, _ = checkpoint.newest(workdir / "checkpoints")
+    assert step <= stopped_at < 30
+    assert all(f"stopped after step {stopped_at} of 30" in output for output in outputs)
+    return stopped_at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0])  # The one that coordinates.
+def test_a_process_that_dies_ends_the_others(tmp_path, dies):
+    started = start(tmp_path, 2, 1, "--config.num_epochs=50.0", "--heartbeat_seconds=10")
+    wait_for(10, started, tmp_path)
+    started[dies].kill()
+    output, _ = started[1 - dies].communicate(timeout=120)
+    assert started[1 - dies].returncode not in (0, 75) and "error" in output.lower()
+    assert "Traceback" not in output
+    started[dies].communicate()
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = start(one, 1, 4)
     finish(alone)
 
-    together = start(two, 2, 2)
-    while not (two / "checkpoints" / "10").exists():
-        assert all(process.poll() is None for process in together)
-        time.sleep(0.02)
-    together[1].send_signal(signal.SIGTERM)  # Any one of them.
-    outputs = finish(together, code=75)
-    assert all("stopped after step" in output for output in outputs)
-    stopped_at, _, _ = checkpoint.newest(two / "checkpoints")
-    assert 10 <= stopped_at < 30
+    stopped_at = stop_after(5, start(two, 2, 2), two)
+    stop_after(stopped_at + 5, start(two, 1, 4), two)
     first, second = finish(start(two, 2, 2))
     assert "top-1" in first and "continuing after" not in second
 

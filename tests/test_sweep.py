@@ -98,6 +98,24 @@ def test_sharing_layers_costs_a_third_of_one_by_one():
     assert sweep.count_passes(experiment, [FULL_RESOLUTION]) == (1, 1)
 
 
+def test_a_damaged_part_of_an_interrupted_sweep_is_measured_again(experiment, params, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "_GROUP", 1)
+    monkeypatch.setattr(sweep, "plot", lambda *_, **__: 1 / 0)  # As late as can be.
+    instances, measured = experiment.instances[:2], []
+    measure = sweep._measure
+    monkeypatch.setattr(sweep, "_measure", lambda *args: measured.append(args[2][0].name) or measure(*args))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            sweep.sweep(experiment, params, instances, tmp_path, split="test")
+    assert measured == [instance.name for instance in instances]
+    damaged = tmp_path / "partial" / instances[1].name / "record" / "metadata"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ZeroDivisionError):
+        sweep.sweep(experiment, params, instances, tmp_path, split="test")
+    assert measured[2:] == [instances[1].name]
+    assert f"measuring again: {tmp_path}/partial/{instances[1].name}: damaged" in capsys.readouterr().out
+
+
 def row(name, macs, top1):
     instance = SDPointInstance.from_name(name)
     return {

@@ -1,6 +1,13 @@
+import contextlib
+import errno
 import json
 import os
+import pathlib
+import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,10 +17,10 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from sdpoint_jax import checkpoint, training
+from sdpoint_jax import checkpoint, logs, recipe, replay, training
 from sdpoint_jax.config import default_config
 from sdpoint_jax.instance import SDPointInstance, sample_instance
-from sdpoint_jax.interruption import StopSignals, WorkdirLock
+from sdpoint_jax.interruption import WorkdirLock
 
 TOTAL_STEPS = 30  # round(1197 / 40)
 
@@ -124,6 +131,178 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it(tmp_path):
     assert all(np.isfinite(value).all() for value in arrays["params"]["stem"]["conv"].values())
 
 
+def test_a_step_that_is_not_finite_can_be_replayed_alone(tmp_path):
+    config = tiny.config(learning_rate=1e30, num_epochs=0.3)
+    with pytest.raises(training.NonFiniteError, match=r"--replay_step=\d+ shows") as error:
+        training.train(config, tmp_path)
+    step = checkpoint.list_steps(tmp_path / "checkpoints")[0]
+    files = sorted(tmp_path.rglob("*"))
+    report = replay.replay(config, tmp_path, step)
+    assert str(error.value).split(": ")[1] in report.splitlines()[0]  # The same step, instance and examples.
+    assert "head/dense/kernel: 640 of 640 gradients not finite" in report
+    assert re.search(r"not finite in [1-9]\d* of \d+ arrays$", report)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_skipped_steps_are_counted_across_restarts(tmp_path, capsys):
+    config = tiny.config(learning_rate=1e30, num_epochs=0.3, on_nonfinite="skip", checkpoint_every_steps=4)
+    StopAfter(tmp_path, 4).start()
+    with pytest.raises(training.Interrupted):
+        training.train(config, tmp_path)
+    training.train(config, tmp_path)
+    counts = [row["skipped"] for row in rows(tmp_path) if "skipped" in row]
+    assert counts == list(range(1, len(counts) + 1)) and len(counts) >= 5
+    assert f"skipped {len(counts)} of 9 steps" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_are_moved_aside_and_the_run_ends_as_any_other(finished, tmp_path, capsys):
+    whole, _ = finished
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "checkpoints" / "30" / "record" / "metadata"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    training.train(tiny.config(), tmp_path)
+    assert "skipping a damaged checkpoint" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"20", "30", "30.damaged"}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, whole))
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_the_checkpoints_best_by_the_metric_of_an_instance_are_kept(tmp_path):
+    config = tiny.config(
+        validate_every_epochs=0.2, checkpoint_every_steps=100, keep_checkpoints=1, keep_best_checkpoints=2
+    )
+    config.best_metric = "p01_r0.50/loss"
+    training.train(config, tmp_path)
+    validations = [row for row in rows(tmp_path) if "validation" in row]
+    assert len(validations) == 5
+    by_loss = sorted(validations, key=lambda row: row["validation"]["p01_r0.50"]["loss"])
+    kept = {row["step"] + 1 for row in by_loss[:2]} | {TOTAL_STEPS}
+    assert set(checkpoint.list_steps(tmp_path / "checkpoints")) == kept
+
+
+def test_checkpoints_are_saved_as_minutes_go_by(tmp_path):
+    config = tiny.config(num_epochs=0.3, checkpoint_every_steps=100, checkpoint_every_minutes=1e-9, keep_checkpoints=9)
+    training.train(config, tmp_path)
+    assert len(checkpoint.list_steps(tmp_path / "checkpoints")) > 1
+
+
+def test_a_validation_that_is_interrupted_is_made_up_for(finished, tmp_path, monkeypatch):
+    whole, results = finished
+    validate = training.Trainer._validate
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_validate", interrupted)
+        with pytest.raises(training.Interrupted, match="stopped after step 30 of 30"):
+            training.train(tiny.config(), tmp_path)
+    assert not any("validation" in row for row in rows(tmp_path))
+    assert training.train(tiny.config(), tmp_path) == results
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert checkpoint.newest(tmp_path / "checkpoints")[2]["validation"] == results
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A function that makes a folder on a disk of that many MiB."""
+    with contextlib.ExitStack() as stack:
+
+        def mount(mebibytes):
+            made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(tmp_path)])
+            if made.returncode:
+                pytest.skip("needs the right to mount a tmpfs")
+            stack.callback(subprocess.run, ["umount", "-l", str(tmp_path)], check=True)
+            return tmp_path
+
+        yield mount
+
+
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads.
+def test_a_disk_that_fills_up_leaves_the_checkpoints_sound(full_disk):
+    workdir = full_disk(8)
+    with pytest.raises(training.Interrupted):
+        StopAfter(workdir, 10).start()
+        training.train(tiny.config(), workdir)
+    step, arrays, _ = checkpoint.newest(workdir / "checkpoints")
+    fill(workdir)
+    with pytest.raises(OSError, match=f"^{workdir}/.*: could not be written: No space left on device"):
+        training.train(tiny.config(), workdir)
+    (workdir / "filling").unlink()
+    with pytest.raises(OSError, match=f"^{workdir}/checkpoints/40: could not be saved: no space left on device"):
+        checkpoint.save(workdir / "checkpoints" / "40", {"params": {"x": np.random.RandomState(0).randn(2**21)}}, {})
+    found, again, _ = checkpoint.newest(workdir / "checkpoints")
+    assert found == step
+    chex.assert_trees_all_equal(arrays, again)
+    assert training.train(tiny.config(), workdir)
+
+
+class FullAfter:
+    """A file that takes so many bytes."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def write(self, text):
+        self._room -= len(text)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    attach = logs.RunLog._open
+
+    def attach_full(self, *args):
+        attach(self, *args)
+        self._file = FullAfter(self._file, 500)
+
+    monkeypatch.setattr(logs.RunLog, "_open", attach_full)
+    config = tiny.config(num_epochs=0.3, checkpoint_every_steps=2)
+    message = f"{tmp_path}: cannot write the log: No space left on device"
+    with pytest.raises(OSError, match=message + " .config.on_log_error=continue"):
+        training.train(config, tmp_path)
+    step, _, _ = checkpoint.newest(tmp_path / "checkpoints")
+    assert 0 < step < 9
+    assert training.train(tiny.config(num_epochs=0.3, on_log_error="continue"), tmp_path)
+    assert f"{message}; training goes on without it" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] == 9
+
+
+def test_a_file_of_a_checkpoint_or_a_workdir_cannot_be_written_where_all_is_read_only(finished, full_disk):
+    workdir = full_disk(8)
+    shutil.copytree(finished[0], workdir / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(workdir)], check=True)
+    with pytest.raises(OSError, match=f"Read-only file system: '{workdir}/run/lock'"):
+        training.train(tiny.config(), workdir / "run")
+    with pytest.raises(OSError, match=f"^{workdir}/run/x: could not be saved: read-only file system"):
+        checkpoint.save(workdir / "run" / "x", {"a": np.zeros(1)}, {})
+    assert checkpoint.newest(workdir / "run" / "checkpoints")[0] == TOTAL_STEPS
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+    import soak
+
+    lines = []
+    settings = {"num_epochs": 1.0, "keep_best_checkpoints": 1}
+    assert soak.soak(tmp_path, 4, seed=1, settings=settings, say=lines.append).total() == 4
+    assert all("0 differences" in line for line in lines[1:])
+
+
 def test_another_config_in_the_same_workdir_is_refused(finished):
     with pytest.raises(ValueError, match="holds a run of another config .there, here.: learning_rate: 0.1, 0.2"):
         training.train(tiny.config(learning_rate=0.2), finished[0])
@@ -139,12 +318,32 @@ def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
         pass  # Free again.
 
 
-def test_the_second_interrupt_acts_as_ever():
-    with StopSignals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        assert signals.received
-        with pytest.raises(KeyboardInterrupt):
+def test_a_second_interrupt_ends_the_process_at_once():
+    code = """if True:
+        import signal
+        from sdpoint_jax.interruption import StopSignals
+        with StopSignals() as signals:
+            signals.unsaved = True
             signal.raise_signal(signal.SIGINT)
+            print(signals.received, flush=True)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                print("still here")
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "True\n")
+
+
+def test_a_stop_before_there_is_anything_to_save_ends_the_process_at_once():
+    code = """if True:
+        import signal
+        from sdpoint_jax.interruption import StopSignals
+        with StopSignals():
+            signal.raise_signal(signal.SIGTERM)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (75, 1)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +378,9 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(tmp_pa
 def test_the_learning_rate_follows_the_config():
     config = ConfigDict(default_config())
     config.update({"learning_rate": 0.1, "schedule": "step", "milestones": (2, 3), "decay": 0.1, "warmup_epochs": 1.0})
-    schedule = training.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
+    schedule = recipe.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
     expected = {0: 0.0, 5: 0.05, 10: 0.1, 19: 0.1, 20: 0.01, 29: 0.01, 30: 0.001}
     assert {step: pytest.approx(float(schedule(step)), rel=1e-5) for step in expected} == expected
     config.schedule = "cosine"
-    schedule = training.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
+    schedule = recipe.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
     np.testing.assert_allclose([schedule(10), schedule(25), schedule(40)], [0.1, 0.05, 0.0], atol=1e-7)
