@@ -1,0 +1,179 @@
+"""Compiling: seconds per program, total work, one after the other against concurrently, cold against cached.
+
+    python benchmarks/compile.py --net=preresnet101:224:16 --instances=6 --json=compile.json
+
+Each way in a fresh process, for instances spread over the net:
+
+    naive       one whole step per instance, the update inside, one after the other
+    sequential  the project's programs (gradients per instance, one update), one after the other
+    concurrent  the same in as many threads as there are cores, into an empty persistent cache
+    cached      the same again, from that cache
+
+`--sample` limits the first two to that many instances; their totals are then scaled up. `--cache` names the folder of
+the cache, for other programs to use; by default it is a temporary one. `--step-time=yes` also times the naive step
+against ours, at full resolution.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import report
+from workload import Setting, Training, preprocess, seconds_per_step
+
+from sdpoint_jax import steps
+from sdpoint_jax.devices import REPLICATED, SHARDED, Switch, parallel, shapes_of
+from sdpoint_jax.instance import FULL_RESOLUTION
+
+WAYS = ("naive", "sequential", "concurrent", "cached")
+PRESETS = {
+    "small": dict(net="resnet20:32:128", dtype="float32", instances=5, sample=2, workers=0, cache="", step_time=False),
+    "cpu": dict(
+        net="preresnet101:224:16", dtype="float32", instances=4, sample=2, workers=0, cache="", step_time=False
+    ),
+    "gpu": dict(
+        net="preresnet101:224:256", dtype="bfloat16", instances=69, sample=2, workers=0, cache="", step_time=True
+    ),
+}
+
+
+class NaiveTraining(Training):
+    """The same training with the whole step in each instance's program."""
+
+    def __init__(self, setting: Setting, dtype: str):
+        super().__init__(setting, dtype)
+        kwargs = dict(model=setting.model(dtype), preprocess=preprocess)
+        optimizer = steps.sgd(0.9, False, 1e-4)
+
+        def build(instance):
+            def step(state, control, batch):
+                grads, metrics = steps.gradient_step(state.params, control, batch, instance=instance, **kwargs)
+                return steps.update_step(
+                    state, control, grads, metrics, optimizer=optimizer, schedule=lambda step: 1e-3
+                )
+
+            axes = (REPLICATED, SHARDED, SHARDED)
+            return parallel(step, in_axes=axes, out_axes=REPLICATED, donate=(0,))
+
+        self.programs = Switch(build, lambda _: shapes_of((self._state, self._control(), self._batch)))
+
+
+def spread_instances(setting: Setting, count: int):
+    instances = setting.model().instances()
+    return [instances[i] for i in np.linspace(0, len(instances) - 1, min(count, len(instances))).astype(int)]
+
+
+def compile_one_way(options) -> dict:
+    """Wall time and the seconds of each program, in this process."""
+    workload = (NaiveTraining if options.way == "naive" else Training)(options.net, options.dtype)
+    concurrent = options.way in ("concurrent", "cached")
+    count = options.instances if concurrent else min(options.sample, options.instances)
+    workers = (options.workers or os.cpu_count()) if concurrent else 1
+    start, cpu = time.perf_counter(), time.process_time()
+    seconds = dict(workload.programs.compile(spread_instances(options.net, count), workers))
+    return {
+        "wall": time.perf_counter() - start,
+        "cpu": time.process_time() - cpu,
+        "workers": workers,
+        "seconds": {str(key): value for key, value in seconds.items()},
+    }
+
+
+def in_fresh_process(way: str, options, cache: str | None) -> dict:
+    command = [sys.executable, __file__, f"--way={way}", f"--net={options.net}", f"--dtype={options.dtype}"]
+    command += [f"--{name}={getattr(options, name)}" for name in ("instances", "sample", "workers")]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    if cache:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def scaled_total(way: dict, instances: int) -> float:
+    """Wall time one after the other for all instances, from that of a sample."""
+    shared = way["seconds"].get("update", 0.0)
+    own = [seconds for key, seconds in way["seconds"].items() if key != "update"]
+    return shared + sum(own) / len(own) * instances
+
+
+def step_time(options) -> dict:
+    """Seconds of our step, of two programs, and of the naive one."""
+    workloads = {"ours": Training(options.net, options.dtype), "naive": NaiveTraining(options.net, options.dtype)}
+    runs = {
+        name: functools.partial(seconds_per_step, workload, [FULL_RESOLUTION] * 10)
+        for name, workload in workloads.items()
+    }
+    seconds = report.take_turns(runs, 3)
+    return {name: report.summary(values) for name, values in seconds.items()} | {
+        "ours_over_naive": report.ratio(seconds["ours"], seconds["naive"])
+    }
+
+
+def parse():
+    if any(argument.startswith("--way=") for argument in sys.argv):
+        parser = argparse.ArgumentParser()
+        for name, kind in dict(way=str, net=Setting.parse, dtype=str, instances=int, sample=int, workers=int).items():
+            parser.add_argument(f"--{name}", type=kind)
+        return parser.parse_args()
+    options = report.parse(
+        __doc__,
+        PRESETS,
+        net=(str, "NAME:IMAGE SIZE:BATCH SIZE"),
+        dtype=(str, "of the computation"),
+        instances=(int, "to compile, spread over the net"),
+        sample=(int, "instances of the ways one after the other"),
+        workers=(int, "threads; 0 for as many as cores"),
+        cache=(str, "folder of the persistent cache, empty or new"),
+        step_time=(report.switch, "yes or no"),
+    )
+    options.way = None
+    return options
+
+
+def main():
+    options = parse()
+    if options.way:
+        print(json.dumps(compile_one_way(options)))
+        return
+    options.instances = min(options.instances, len(Setting.parse(options.net).model().instances()))
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = options.cache or temporary
+        ways = {way: in_fresh_process(way, options, cache if way in WAYS[2:] else None) for way in WAYS}
+    totals = {way: scaled_total(ways[way], options.instances) for way in ("naive", "sequential")}
+    totals |= {way: ways[way]["wall"] for way in ("concurrent", "cached")}
+    cores = ways["concurrent"]["workers"]
+    ratios = {
+        "naive over sequential, work": totals["naive"] / totals["sequential"],
+        "sequential over concurrent, wall time": totals["sequential"] / totals["concurrent"],
+        f"the same per core, of {cores}": totals["sequential"] / totals["concurrent"] / cores,
+        "cached over concurrent, wall time": totals["cached"] / totals["concurrent"],
+    }
+    results = {"ways": ways, "total_seconds": totals, "ratios": ratios}
+    if options.step_time:
+        options_net, options.net = options.net, Setting.parse(options.net)
+        results["step_seconds"], options.net = step_time(options), options_net
+    report.write(options.json, options, **results)
+    print(report.heading())
+    title = f"{options.net}, {options.instances} instances"
+    print(f"{title:36}{'total wall, s':>20}{'median per program, s':>28}{'measured':>12}")
+    for way, row in ways.items():
+        own = report.summary([seconds for key, seconds in row["seconds"].items() if key != "update"])
+        print(f"{way:36}{totals[way]:>20.1f}{report.show(own):>28}{own['n']:>12}")
+    for name, value in ratios.items():
+        print(f"{name:48}{value:8.2f}")
+    if options.step_time:
+        print(f"our step over the naive one: {report.show(results['step_seconds']['ours_over_naive'])}")
+
+
+if __name__ == "__main__":
+    main()
