@@ -1,4 +1,4 @@
-"""The default: handwritten digits, all instances of a small ResNet, in a minute or two on two CPU cores.
+"""The default: handwritten digits, all instances of a small ResNet, in a few minutes on two CPU cores.
 
 python train.py --config=configs/digits.py --workdir=runs/digits
 python train.py --config=configs/digits.py --config.instances=full --workdir=runs/digits_plain

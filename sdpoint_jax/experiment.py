@@ -96,7 +96,7 @@ class Experiment:
         if wrong:
             listed = ", ".join(f"{name} {given.get(name)}, needs {wanted.get(name)}" for name in wrong[:3])
             raise ValueError(
-                f"{source}: its parameters do not fit {self.config.model.name} for {self.dataset.num_classes} classes "
+                f"{source}: does not fit {self.config.model.name} for {self.dataset.num_classes} classes "
                 f"and {self.dataset.channels} channels: {listed}{' ...' if len(wrong) > 3 else ''}"
             )
 

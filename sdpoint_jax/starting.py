@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import serialization, traverse_util
+from flax import serialization
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sdpoint_jax import checkpoint, files
 from sdpoint_jax.config import differences, from_dict, to_dict
+from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.steps import TrainState
 
 CONFIG = "config.json"
@@ -64,26 +65,29 @@ def restore(
     return _fill(config, path, state, *checkpoint.load(path))
 
 
-def initial_params(config: ConfigDict, drawn: dict[str, Any]) -> dict[str, Any]:
+def initial_params(experiment: Experiment, drawn: dict[str, Any]) -> dict[str, Any]:
     """The parameters in the checkpoint `config.init_from`, but for a classifier that is to be drawn anew.
 
     Args:
-        config: names the checkpoint.
+        experiment: its config names the checkpoint.
         drawn: parameters of the net.
 
     Raises:
         ValueError: they do not fit the net, or there are none.
     """
-    arrays, _ = checkpoint.load_newest(config.init_from)
-    ours, theirs = (traverse_util.flatten_dict(tree, sep="/") for tree in (drawn, arrays["params"]))
-    if config.reset_head:
-        theirs |= {name: value for name, value in ours.items() if name.startswith("head/dense/")}
-    wrong = sorted(name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name))
-    if wrong:
-        listed = ", ".join(f"{name} ({_shape(theirs, name)}, needs {_shape(ours, name)})" for name in wrong[:3])
-        hint = "" if config.reset_head else "; config.reset_head=True draws a new classifier"
-        raise ValueError(f"config.init_from {config.init_from}: does not fit {config.model.name}: {listed}{hint}")
-    return traverse_util.unflatten_dict(theirs, sep="/")
+    source = experiment.config.init_from
+    arrays, _ = checkpoint.load_newest(source)
+    if "params" not in arrays:
+        raise ValueError(f"config.init_from {source}: a checkpoint without parameters")
+    params = arrays["params"]
+    if experiment.config.reset_head:
+        params = params | {"head": params.get("head", {}) | {"dense": drawn["head"]["dense"]}}
+    try:
+        experiment.check_params(params, f"config.init_from {source}")
+    except ValueError as error:
+        hint = "" if experiment.config.reset_head else "; config.reset_head=True draws a new classifier"
+        raise ValueError(f"{error}{hint}") from None
+    return params
 
 
 def _fill(config, path, state, arrays, record):
@@ -111,7 +115,3 @@ def _check_same_on_all_hosts(step, workdir):
             f"workdir {workdir}: the hosts find checkpoints of different steps, {steps} (-1 for none): "
             "it must be one folder that all of them share"
         )
-
-
-def _shape(flat, name):
-    return flat[name].shape if name in flat else None

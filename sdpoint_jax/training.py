@@ -90,7 +90,7 @@ class Trainer:
             self._validated_at, self._skipped = record["validated_at"], record["skipped"]
             progress.say(f"continuing after step {self._step} of {self._total_steps}")
         elif self._config.init_from:
-            state = state.replace(params=starting.initial_params(self._config, state.params))
+            state = state.replace(params=starting.initial_params(self._experiment, state.params))
         return state
 
     def _compile(self):

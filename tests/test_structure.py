@@ -22,7 +22,7 @@ IMPORTS = {
     "steps": {"instance", "devices"},
     "evaluation": {"instance", "devices", "steps"},
     "experiment": {"instance", "models", "data", "devices", "steps", "evaluation", "config"},
-    "starting": {"files", "config", "checkpoint", "steps"},
+    "starting": {"files", "config", "checkpoint", "experiment", "steps"},
     "recipe": {"instance", "devices", "steps", "experiment"},
     "replay": {"devices", "recipe", "starting"},
     "training": {"config", "devices", "checkpoint", "interruption", "logs", "progress", "recipe", "starting", "steps"},
