@@ -133,6 +133,7 @@ _CHOICES = {
 }
 _POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs")
 _LOWEST = {
+    "seed": 0,
     "batch_size": 1,
     "evaluation_batch_size": 1,
     "microbatches": 1,
