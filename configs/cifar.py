@@ -18,6 +18,7 @@ _MEAN_AND_STD = {
 
 
 def get_config(which="cifar10,wrn28_10"):
+    """The config; see above."""
     dataset, _, model = (which or "cifar10,wrn28_10").partition(",")
     if dataset not in _MEAN_AND_STD or not model:
         raise ValueError(f"configs/cifar.py:{which}: give cifar10 or cifar100, a comma, and a net, as cifar10,wrn28_10")

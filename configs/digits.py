@@ -8,6 +8,7 @@ from sdpoint_jax.config import default_config
 
 
 def get_config():
+    """The config; see above."""
     config = default_config()
     config.model.name = "resnet20"
     config.dataset.image_size = (16, 16)  # Twice the native size, so that the last feature map is 4x4.

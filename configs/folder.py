@@ -11,6 +11,7 @@ from sdpoint_jax.config import default_config
 
 
 def get_config(folder=""):
+    """The config; see above."""
     config = default_config()
     config.model.name = "resnet20"
     config.dataset.name = f"folder:{folder}"

@@ -13,6 +13,7 @@ from sdpoint_jax.config import default_config
 
 
 def get_config(model="preresnet101"):
+    """The config; see above."""
     config = default_config()
     config.model.name = model or "preresnet101"
     config.model.dtype = "bfloat16"
