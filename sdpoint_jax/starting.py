@@ -77,8 +77,6 @@ def initial_params(experiment: Experiment, drawn: dict[str, Any]) -> dict[str, A
     """
     source = experiment.config.init_from
     arrays, _ = checkpoint.load_newest(source)
-    if "params" not in arrays:
-        raise ValueError(f"config.init_from {source}: a checkpoint without parameters")
     params = arrays["params"]
     if experiment.config.reset_head:
         params = params | {"head": params.get("head", {}) | {"dense": drawn["head"]["dense"]}}
