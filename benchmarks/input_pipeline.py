@@ -14,7 +14,6 @@ images per second: the table says how many cores meet it.
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import json
 import os
@@ -29,6 +28,7 @@ from concurrent import futures
 
 import numpy as np
 from PIL import Image
+from report import processor, version
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -240,21 +240,6 @@ def ratio(rows, name, other, column):
         return None
     pairs = zip(rows[name][column], rows[other][column], strict=True)
     return statistics.median(a / b for a, b in pairs)
-
-
-def processor():
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def version(library):
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def report(rows, ratios, rate, rounds):

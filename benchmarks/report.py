@@ -110,10 +110,11 @@ def processor() -> str:
 
 
 def versions() -> dict:
-    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _version(library):
+def version(library: str) -> str | None:
+    """The installed version; None where there is none."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
