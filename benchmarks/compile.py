@@ -25,7 +25,7 @@ import time
 
 import numpy as np
 import report
-from workload import Setting, Training, preprocess, seconds_per_step
+from workload import Setting, Training, preprocess
 
 from sdpoint_jax import steps
 from sdpoint_jax.devices import REPLICATED, SHARDED, Switch, parallel, shapes_of
@@ -110,7 +110,7 @@ def step_time(options) -> dict:
     """Seconds of our step, of two programs, and of the naive one."""
     workloads = {"ours": Training(options.net, options.dtype), "naive": NaiveTraining(options.net, options.dtype)}
     runs = {
-        name: functools.partial(seconds_per_step, workload, [FULL_RESOLUTION] * 10)
+        name: functools.partial(workload.seconds_per_step, [FULL_RESOLUTION] * 10)
         for name, workload in workloads.items()
     }
     seconds = report.take_turns(runs, 3)

@@ -11,7 +11,7 @@ import random
 
 import jax
 import report
-from workload import Setting, Training, seconds_per_step
+from workload import Setting, Training
 
 from sdpoint_jax.instance import sample_instance
 
@@ -31,8 +31,8 @@ def switching(setting: Setting, options) -> dict:
     switched = chosen * (options.steps // len(chosen))
     grouped = sorted(switched, key=chosen.index)
     runs = {
-        "switched": functools.partial(seconds_per_step, workload, switched, options.clock),
-        "grouped": functools.partial(seconds_per_step, workload, grouped, options.clock),
+        "switched": functools.partial(workload.seconds_per_step, switched, options.clock),
+        "grouped": functools.partial(workload.seconds_per_step, grouped, options.clock),
     }
     seconds = report.take_turns(runs, options.rounds)
     return {name: report.summary(values) for name, values in seconds.items()} | {
@@ -64,7 +64,7 @@ def count_compilations(steps: int) -> dict:
         workload.step(instance)
     workload.wait()
     warm_up = dict(counter.counts)
-    seconds = seconds_per_step(workload, [sample_instance(0, step, instances) for step in range(steps)])
+    seconds = workload.seconds_per_step([sample_instance(0, step, instances) for step in range(steps)])
     after = {name: counter.counts[name] - warm_up[name] for name in warm_up}
     return {
         "steps": steps,

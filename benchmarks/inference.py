@@ -10,8 +10,9 @@ with MACs, both over full resolution.
 import functools
 
 import report
-from train_step import against_peers, peers_of, table
-from workload import Inference, Setting, sample_instances, seconds_per_step
+from peer import start_peers
+from train_step import against_peers, table
+from workload import Inference, Setting, sample_instances
 
 from sdpoint_jax.cost import count_macs
 from sdpoint_jax.instance import FULL_RESOLUTION
@@ -34,7 +35,7 @@ def against_macs(ours: Inference, setting: Setting, options) -> dict:
     """By instance: time and MACs, both over full resolution."""
     model = setting.model()
     runs = {
-        instance: functools.partial(seconds_per_step, ours, [instance] * options.steps, options.clock)
+        instance: functools.partial(ours.seconds_per_step, [instance] * options.steps, options.clock)
         for instance in sample_instances(model)
     }
     seconds = report.take_turns(runs, options.rounds)
@@ -49,8 +50,8 @@ def against_macs(ours: Inference, setting: Setting, options) -> dict:
 
 def measure(setting: Setting, options, macs: bool) -> dict:
     ours = Inference(setting, options.dtype)
-    peers = peers_of(options.peers, "Inference", setting)
-    result = {"instances": against_peers(ours, peers, setting, options)}
+    with start_peers(options.peers, "Inference", setting) as peers:
+        result = {"instances": against_peers(ours, peers, setting, options)}
     if macs:
         result["macs"] = against_macs(ours, setting, options)
     return result | {"memory_peak": report.memory_peak()}

@@ -12,10 +12,15 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 import jax
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # It may not be installed.
+
+from sdpoint_jax.memory import keep_freed_memory  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
@@ -24,8 +29,11 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 def parse(doc: str, presets: Mapping[str, dict], **flags) -> argparse.Namespace:
     """The command line: `--json`, `--clock`, `--preset`, and `flags`, a type and a help text each.
 
+    Also sets up the process's memory as `train.py` does.
+
     The flags' values come from the preset. `presets` has an entry `small`, the default, for a few minutes on a CPU.
     """
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's own time, for busy cores")

@@ -17,6 +17,7 @@ from workload import Setting, preprocess, random_batch
 
 from sdpoint_jax import steps
 from sdpoint_jax.cost import count_macs, list_layers
+from sdpoint_jax.devices import compiler_options
 from sdpoint_jax.evaluation import Evaluator
 from sdpoint_jax.instance import FULL_RESOLUTION
 
@@ -40,7 +41,7 @@ class OneByOne:
         for instance in self._instances:
             moments = jax.jit(functools.partial(self._moments, instance)).lower(params, self._batch["images"])
             metrics = jax.jit(functools.partial(self._metrics, instance)).lower(params, statistics, self._batch)
-            self._programs[instance] = moments.compile(), metrics.compile()
+            self._programs[instance] = moments.compile(compiler_options()), metrics.compile(compiler_options())
 
     def run(self, params, batches) -> tuple[dict, dict]:
         """Statistics and mean losses, by instance."""

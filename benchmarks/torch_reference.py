@@ -4,7 +4,7 @@
 
 Two ways to run it. `eager` is the authors': float32, NCHW, eager, `adaptive_avg_pool2d` where the instance says so.
 `tuned` is as well as PyTorch can: channels_last, autocast to bfloat16, `torch.compile` for each instance, SGD in one
-kernel. Its command times it alone; the other benchmarks time it beside ours.
+kernel. Its command times it alone; the other benchmarks time it beside ours, in a process of its own.
 """
 
 import functools
@@ -14,7 +14,7 @@ import report
 import torch
 from torch import nn
 from torch.nn import functional as F
-from workload import MEAN, STD, Setting, random_batch, sample_instances, seconds_per_step
+from workload import MEAN, STD, Setting, Workload, random_batch, sample_instances
 
 from sdpoint_jax.instance import STEM, SDPointInstance
 from sdpoint_jax.models import architecture
@@ -107,7 +107,7 @@ class Net(nn.Module):
         return F.max_pool2d(x, 3, stride=2, padding=1)
 
 
-class _Workload:
+class _Workload(Workload):
     """A net and a batch on the device, normalised already."""
 
     def __init__(self, setting: Setting, tuned: bool):
@@ -201,7 +201,7 @@ def main():
         workload = Training(setting, options.tuned)
         runs = {
             f"{setting} {instance.name}": functools.partial(
-                seconds_per_step, workload, [instance] * options.steps, options.clock
+                workload.seconds_per_step, [instance] * options.steps, options.clock
             )
             for instance in sample_instances(setting.model())
         }

@@ -12,7 +12,8 @@ import functools
 import os
 
 import report
-from workload import Setting, Training, sample_instances, seconds_per_step
+from peer import start_peers
+from workload import Setting, Training, sample_instances
 
 from sdpoint_jax.cost import count_macs
 from sdpoint_jax.instance import FULL_RESOLUTION
@@ -32,16 +33,6 @@ PRESETS = {
 DEFAULTS = {"dtype": "float32", "peers": "eager", "tuned_instances": 1, "rounds": 3, "steps": 2, "draw": 0}
 
 
-def peers_of(names: str, kind: str, setting: Setting) -> dict:
-    """PyTorch workloads by name; none where PyTorch is missing or not asked for."""
-    if not names:
-        return {}
-    import torch_reference
-
-    torch_reference.prepare(tuned="tuned" in names)
-    return {name: getattr(torch_reference, kind)(setting, name == "tuned") for name in names.split(",")}
-
-
 def against_peers(ours, peers: dict, setting: Setting, options) -> dict:
     """By instance: images/s of each workload, and the ratio of ours to each peer."""
     results = {}
@@ -50,7 +41,7 @@ def against_peers(ours, peers: dict, setting: Setting, options) -> dict:
             name: peer for name, peer in peers.items() if name != "tuned" or number < options.tuned_instances
         }
         runs = {
-            name: functools.partial(seconds_per_step, workload, [instance] * options.steps, options.clock)
+            name: functools.partial(workload.seconds_per_step, [instance] * options.steps, options.clock)
             for name, workload in workloads.items()
         }
         rates = {
@@ -86,7 +77,7 @@ def over_the_draw(ours, setting: Setting, options) -> dict:
     for _ in ours.programs.compile(instances, os.cpu_count()):
         pass
     runs = {
-        instance: functools.partial(seconds_per_step, ours, [instance] * options.steps, options.clock)
+        instance: functools.partial(ours.seconds_per_step, [instance] * options.steps, options.clock)
         for instance in instances
     }
     seconds = report.take_turns(runs, options.rounds)
@@ -110,7 +101,8 @@ def measure(setting: Setting, options) -> dict:
     ours.step(FULL_RESOLUTION)
     ours.wait()
     memory["full"] = report.memory_peak()
-    result = {"instances": against_peers(ours, peers_of(options.peers, "Training", setting), setting, options)}
+    with start_peers(options.peers, "Training", setting) as peers:
+        result = {"instances": against_peers(ours, peers, setting, options)}
     if options.draw:
         result["draw"] = over_the_draw(ours, setting, options)
     memory["all"] = report.memory_peak()

@@ -1,26 +1,22 @@
 """The project's programs on random images, to be timed: training steps and inference of any SDPoint instance.
 
-A workload has `step(instance)`, which starts one step, and `wait()`, which returns when all have ended;
-`torch_reference` has its peers.
+Their peers are in `torch_reference`.
 """
 
 import functools
 import os
-import pathlib
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 # Room for PyTorch beside JAX on an accelerator.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import report  # noqa: E402
 
 from sdpoint_jax import steps  # noqa: E402
-from sdpoint_jax.devices import replicate, shard  # noqa: E402
+from sdpoint_jax.devices import compiler_options, replicate, shard  # noqa: E402
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance  # noqa: E402
 from sdpoint_jax.models import create_model  # noqa: E402
 
@@ -69,7 +65,21 @@ def sample_instances(model) -> tuple[SDPointInstance, ...]:
     return FULL_RESOLUTION, SDPointInstance((model.num_blocks + 1) // 2, 0.5), SDPointInstance(early, 0.5)
 
 
-class Training:
+class Workload:
+    """What can be timed: `step(instance)` starts a step, `wait()` returns when all have ended."""
+
+    def seconds_per_step(self, instances: Sequence[SDPointInstance], clock: str = "wall") -> float:
+        """Mean time of steps of `instances`, one after the other, started as fast as they can be."""
+        now = report.CLOCKS[clock]
+        self.wait()
+        start = now()
+        for instance in instances:
+            self.step(instance)
+        self.wait()
+        return (now() - start) / len(instances)
+
+
+class Training(Workload):
     """Training steps as the loop runs them, on one batch that is on the devices already."""
 
     def __init__(self, setting: Setting, dtype: str = "float32"):
@@ -98,7 +108,7 @@ class Training:
         return shard({"control": np.tile(np.array([self._number, 0], np.int32), jax.local_device_count())})["control"]
 
 
-class Inference:
+class Inference(Workload):
     """Logits of one batch of uint8 images, with running statistics, one program per instance."""
 
     def __init__(self, setting: Setting, dtype: str = "float32"):
@@ -112,7 +122,7 @@ class Inference:
         def logits(variables, images):
             return self._model.apply(variables, preprocess(images), instance=instance, train=False)
 
-        self._programs[instance] = jax.jit(logits).lower(self._variables, self._images).compile()
+        self._programs[instance] = jax.jit(logits).lower(self._variables, self._images).compile(compiler_options())
 
     def step(self, instance: SDPointInstance) -> None:
         if instance not in self._programs:
@@ -121,14 +131,3 @@ class Inference:
 
     def wait(self) -> None:
         jax.block_until_ready(self._logits)
-
-
-def seconds_per_step(workload, instances: Sequence[SDPointInstance], clock: str = "wall") -> float:
-    """Mean time of steps of `instances`, one after the other, started as fast as they can be."""
-    now = report.CLOCKS[clock]
-    workload.wait()
-    start = now()
-    for instance in instances:
-        workload.step(instance)
-    workload.wait()
-    return (now() - start) / len(instances)

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sdpoint_jax.config import known_keys
+from sdpoint_jax.memory import keep_freed_memory
 
 FAILED = 2  # Exit code after any error.
 _CONFIGS = pathlib.Path("configs")
@@ -49,6 +50,7 @@ def run(define_flags: Callable[[], None], main: Callable[[], int | None]) -> Non
             raise SystemExit(FAILED) from None
 
     logging.set_verbosity(logging.WARNING)
+    keep_freed_memory()
     _keep_compiled_programs()
     _quieten_orbax()
     flags.DEFINE_bool("debug", False, "Show where an error came from.")

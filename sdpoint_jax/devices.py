@@ -7,6 +7,7 @@ are global arrays, over the devices of all hosts.
 import collections
 import concurrent.futures
 import functools
+import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
 REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
+
+_ON_CPU = {
+    # Convolutions to Eigen, whose kernel gradients are 2 to 5 times faster than those of YNNPACK, XLA's own choice.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # Less duplication of what comes before a transposition. It also compiles sooner, as does the level.
+    "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
+    "xla_backend_optimization_level": 1,
+}
 
 
 def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
@@ -39,9 +48,29 @@ def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple
         if jax.process_count() > 1:  # There, pmap traces from arrays alone.
             specs = [PartitionSpec(AXIS) if axis == SHARDED else PartitionSpec() for axis in in_axes]
             shapes = [jax.tree.map(functools.partial(_zeros, spec), shape) for spec, shape in zip(specs, shapes)]
-        return mapped.lower(*shapes).compile()
+        return mapped.lower(*shapes).compile(compiler_options())
 
     return compile_from
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """What to ask of XLA for every program: on a CPU, other choices than its own; elsewhere nothing.
+
+    A flag that stands in XLA_FLAGS, or that this XLA does not know, is left out.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    given = os.environ.get("XLA_FLAGS", "")
+    return {flag: value for flag, value in _ON_CPU.items() if flag not in given and _is_known(flag, value)}
+
+
+def _is_known(flag, value):
+    try:
+        jax.jit(lambda: 0).lower().compile({flag: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def replicate(tree):

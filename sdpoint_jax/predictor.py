@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from sdpoint_jax import checkpoint
+from sdpoint_jax.devices import compiler_options
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models import create_model
 from sdpoint_jax.steps import normalize
@@ -122,7 +123,7 @@ class Predictor:
                 variables = {"params": params, "batch_stats": batch_stats}
                 return self._model.apply(variables, self._preprocess(images), instance=instance, train=False)
 
-            program = jax.jit(apply)
+            program = jax.jit(apply, compiler_options=compiler_options())
             self._programs[instance] = lambda params, images: program(params, batch_stats, images)
         return self._programs[instance]
 

@@ -16,7 +16,8 @@ IMPORTS = {
     "progress": {"devices"},
     "logs": {"files", "progress"},
     "interruption": set(),
-    "command": {"config"},
+    "memory": set(),
+    "command": {"config", "memory"},
     "models": {"instance"},
     "cost": {"models", "instance"},
     "steps": {"instance", "devices"},
@@ -27,7 +28,7 @@ IMPORTS = {
     "replay": {"devices", "recipe", "starting"},
     "training": {"config", "devices", "checkpoint", "interruption", "logs", "progress", "recipe", "starting", "steps"},
     "sweep": {"files", "instance", "cost", "devices", "experiment", "config", "checkpoint", "progress"},
-    "predictor": {"instance", "models", "steps", "checkpoint"},
+    "predictor": {"instance", "models", "devices", "steps", "checkpoint"},
     "torch_import": {"models", "checkpoint", "config"},
 }
 
