@@ -108,18 +108,29 @@ def gradient_step(
 
     value_and_grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
 
-    def accumulate(total, part):
-        return jax.tree.map(jnp.add, total, value_and_grad(params, **part)), None
-
-    if microbatches == 1:
-        result = value_and_grad(params, **batch)
-    else:
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
-        shapes = jax.eval_shape(value_and_grad, params, **jax.tree.map(lambda x: x[0], parts))
-        total, _ = jax.lax.scan(accumulate, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), parts)
-        result = jax.tree.map(lambda x: x / microbatches, total)
+    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    result = _mean_over(functools.partial(value_and_grad, params), parts, microbatches)
     (loss, accuracy), grads = jax.lax.pmean(result, AXIS)
     return grads, {"loss": loss, "accuracy": accuracy, "flags": jax.lax.pmax(control[1:], AXIS)}
+
+
+def _mean_over(function, parts, count):
+    """The mean of `function(**part)` over the parts, one after the other."""
+    if count == 1:
+        return function(**jax.tree.map(lambda x: x[0], parts))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(**part)), None
+
+    shapes = jax.eval_shape(function, **jax.tree.map(lambda x: x[0], parts))
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    if jax.default_backend() == "cpu":  # XLA's kernel gradients there are tens of times slower inside a loop.
+        for i in range(count):
+            total, part = jax.lax.optimization_barrier((total, jax.tree.map(lambda x: x[i], parts)))
+            total, _ = add(total, part)
+    else:
+        total, _ = jax.lax.scan(add, total, parts)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def update_step(
