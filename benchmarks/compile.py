@@ -4,7 +4,7 @@
 
 Each way in a fresh process, for instances spread over the net:
 
-    naive       one whole step per instance, the update inside, one after the other
+    naive       one whole step per instance, the update inside, as XLA compiles by itself, one after the other
     sequential  the project's programs (gradients per instance, one update), one after the other
     concurrent  the same in as many threads as there are cores, into an empty persistent cache
     cached      the same again, from that cache
@@ -23,12 +23,13 @@ import sys
 import tempfile
 import time
 
+import jax
 import numpy as np
 import report
 from workload import Setting, Training, preprocess
 
 from sdpoint_jax import steps
-from sdpoint_jax.devices import REPLICATED, SHARDED, Switch, parallel, shapes_of
+from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
 from sdpoint_jax.instance import FULL_RESOLUTION
 
 WAYS = ("naive", "sequential", "concurrent", "cached")
@@ -59,7 +60,8 @@ class NaiveTraining(Training):
                 )
 
             axes = (REPLICATED, SHARDED, SHARDED)
-            return parallel(step, in_axes=axes, out_axes=REPLICATED, donate=(0,))
+            mapped = jax.pmap(step, axis_name=AXIS, in_axes=axes, out_axes=REPLICATED, donate_argnums=(0,))
+            return lambda *shapes: mapped.lower(*shapes).compile()
 
         self.programs = Switch(build, lambda _: shapes_of((self._state, self._control(), self._batch)))
 

@@ -1,6 +1,7 @@
 """The training step: an ordinary SGD step of one SDPoint instance, a program of its own."""
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -125,9 +126,8 @@ def _mean_over(function, parts, count):
     shapes = jax.eval_shape(function, **jax.tree.map(lambda x: x[0], parts))
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if jax.default_backend() == "cpu":  # XLA's kernel gradients there are tens of times slower inside a loop.
-        for i in range(count):
-            total, part = jax.lax.optimization_barrier((total, jax.tree.map(lambda x: x[i], parts)))
-            total, _ = add(total, part)
+        for part in (jax.tree.map(operator.itemgetter(i), parts) for i in range(count)):
+            total, _ = add(*jax.lax.optimization_barrier((total, part)))
     else:
         total, _ = jax.lax.scan(add, total, parts)
     return jax.tree.map(lambda x: x / count, total)

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -167,6 +168,25 @@ class Head(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=init, name="dense")(x)
 
 
+@functools.cache
+def _layers(dtype, axis_name, norm_momentum):
+    """The convolutions and normalisations of a net."""
+    norm = functools.partial(nn.BatchNorm, momentum=norm_momentum, epsilon=1e-5, dtype=dtype, axis_name=axis_name)
+    return functools.partial(convolution, dtype=dtype), norm
+
+
+@functools.cache
+def _block_by_itself(block, spec, layers, remat, train):
+    """(variables, x) to (y, updates), traced once for each shape: nets repeat their blocks, and so do instances."""
+    module = block(spec, *layers, parent=None)
+
+    def apply(variables, x):
+        return module.apply(variables, x, train, mutable=["batch_stats"] if train else [])
+
+    # Inline, as XLA treats a program in parts worse than a whole one.
+    return jax.jit(jax.checkpoint(apply) if remat else apply, inline=True)
+
+
 class ResNet(nn.Module):
     """A residual net that can be downsampled at any of its points.
 
@@ -187,13 +207,8 @@ class ResNet(nn.Module):
     remat: bool = False
 
     def setup(self):
-        conv = functools.partial(convolution, dtype=self.dtype)
-        norm = functools.partial(
-            nn.BatchNorm, momentum=self.norm_momentum, epsilon=1e-5, dtype=self.dtype, axis_name=self.axis_name
-        )
+        conv, norm = _layers(self.dtype, self.axis_name, self.norm_momentum)
         block = PreActivationBlock if self.architecture.preactivation else PostActivationBlock
-        if self.remat:
-            block = nn.remat(block, static_argnums=(2,))
         self.stem = Stem(self.architecture, conv, norm)
         self.block = {f"{k:02d}": block(spec, conv, norm) for k, spec in enumerate(self.architecture.blocks(), 1)}
         self.head = Head(self.architecture, self.num_classes, norm)
@@ -221,7 +236,15 @@ class ResNet(nn.Module):
 
     def next_position(self, x, k: int, *, instance: SDPointInstance = FULL_RESOLUTION, train: bool):
         """The activation at position k to that at position k + 1."""
-        return self.block[f"{k + 1:02d}"](self._pass_point(x, k, instance), train)
+        x, block = self._pass_point(x, k, instance), self.block[f"{k + 1:02d}"]
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            return block(x, train)
+        apply = _block_by_itself(type(block), block.spec, (block.conv, block.norm), self.remat, train)
+        y, updates = apply(block.variables, x)
+        if self.is_mutable_collection("batch_stats"):
+            for name, value in updates.get("batch_stats", {}).items():
+                block.put_variable("batch_stats", name, value)
+        return y
 
     def from_position(self, x, k: int, *, instance: SDPointInstance, train: bool):
         """The activation at position k to logits [B, K]: the only loop over the blocks."""
