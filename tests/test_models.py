@@ -13,7 +13,7 @@ from jax import lax
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models import ARCHITECTURES, architecture, create_model
 from sdpoint_jax.models.convolution import _pointwise_as_dot, convolution
-from sdpoint_jax.models.resnet import Architecture, ResNet
+from sdpoint_jax.models.resnet import Architecture, PreActivationBlock, ResNet
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 # A block of every kind, with and without projection; small images unless named ImageNet.
@@ -192,6 +192,31 @@ def test_recomputing_activations_changes_no_gradient():
     kept, recomputed = (gradient(variables["params"], model.clone(remat=remat)) for remat in (False, True))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(kept))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * largest), kept, recomputed)
+
+
+def test_a_block_is_traced_once_for_each_shape_whatever_the_instance():
+    # A momentum that no other test has traced.
+    model = create_model("wrn40_1", 10, norm_momentum=0.123)
+    images = jnp.zeros((2, 16, 16, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    traced = []
+
+    def count(call, args, kwargs, context):
+        if isinstance(context.module, PreActivationBlock):
+            traced.append(context.method_name)
+        return call(*args, **kwargs)
+
+    def trace(instance):
+        traced.clear()
+        with nn.intercept_methods(count):
+            apply = functools.partial(model.apply, instance=instance, train=True, mutable=["batch_stats"])
+            jax.eval_shape(apply, variables, images)
+        return len(traced)
+
+    # Of 3 * 6 blocks, one of the first stage; of the others the first, which projects, and one more.
+    assert trace(FULL_RESOLUTION) == 1 + 2 + 2
+    assert trace(SDPointInstance(2, 0.5)) == 1 + 2 + 2
+    assert trace(SDPointInstance(3, 0.5)) == trace(SDPointInstance(4, 0.5)) == 0
 
 
 def test_the_instance_is_static():
