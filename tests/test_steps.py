@@ -161,6 +161,22 @@ def test_microbatches_average_the_gradients_of_their_parts():
     chex.assert_trees_all_close(jax.device_get(halved.params), moved, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_parts_are_averaged_alike_in_a_loop_and_without(monkeypatch, backend, count):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    values = np.arange(12.0, dtype=np.float32).reshape(count, -1)
+
+    def mean(values):
+        return steps._mean_over(lambda values: {"mean": values.mean(), "values": values}, {"values": values}, count)
+
+    loops = [equation for equation in jax.make_jaxpr(mean)(values).eqns if equation.primitive.name == "scan"]
+    assert len(loops) == (backend == "gpu" and count > 1)
+    found = jax.jit(mean)(values)
+    assert found["mean"] == values.mean()
+    np.testing.assert_allclose(found["values"], values.mean(0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("skips", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(skips):
     model = tiny.net()
