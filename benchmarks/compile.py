@@ -24,7 +24,6 @@ import tempfile
 import time
 
 import jax
-import numpy as np
 import report
 from workload import Setting, Training, preprocess
 
@@ -66,11 +65,6 @@ class NaiveTraining(Training):
         self.programs = Switch(build, lambda _: shapes_of((self._state, self._control(), self._batch)))
 
 
-def spread_instances(setting: Setting, count: int):
-    instances = setting.model().instances()
-    return [instances[i] for i in np.linspace(0, len(instances) - 1, min(count, len(instances))).astype(int)]
-
-
 def compile_one_way(options) -> dict:
     """Wall time and the seconds of each program, in this process."""
     workload = (NaiveTraining if options.way == "naive" else Training)(options.net, options.dtype)
@@ -78,7 +72,7 @@ def compile_one_way(options) -> dict:
     count = options.instances if concurrent else min(options.sample, options.instances)
     workers = (options.workers or os.cpu_count()) if concurrent else 1
     start, cpu = time.perf_counter(), time.process_time()
-    seconds = dict(workload.programs.compile(spread_instances(options.net, count), workers))
+    seconds = dict(workload.programs.compile(report.spread(options.net.model().instances(), count), workers))
     return {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
@@ -108,9 +102,9 @@ def scaled_total(way: dict, instances: int) -> float:
     return shared + sum(own) / len(own) * instances
 
 
-def step_time(options) -> dict:
+def step_time(setting: Setting, dtype: str) -> dict:
     """Seconds of our step, of two programs, and of the naive one."""
-    workloads = {"ours": Training(options.net, options.dtype), "naive": NaiveTraining(options.net, options.dtype)}
+    workloads = {"ours": Training(setting, dtype), "naive": NaiveTraining(setting, dtype)}
     runs = {
         name: functools.partial(workload.seconds_per_step, [FULL_RESOLUTION] * 10)
         for name, workload in workloads.items()
@@ -130,8 +124,6 @@ def parse():
     options = report.parse(
         __doc__,
         PRESETS,
-        net=(str, "NAME:IMAGE SIZE:BATCH SIZE"),
-        dtype=(str, "of the computation"),
         instances=(int, "to compile, spread over the net"),
         sample=(int, "instances of the ways one after the other"),
         workers=(int, "threads; 0 for as many as cores"),
@@ -162,8 +154,7 @@ def main():
     }
     results = {"ways": ways, "total_seconds": totals, "ratios": ratios}
     if options.step_time:
-        options_net, options.net = options.net, Setting.parse(options.net)
-        results["step_seconds"], options.net = step_time(options), options_net
+        results["step_seconds"] = step_time(Setting.parse(options.net), options.dtype)
     report.write(options.json, options, **results)
     print(report.heading())
     title = f"{options.net}, {options.instances} instances"

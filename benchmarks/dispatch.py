@@ -25,9 +25,8 @@ TINY = Setting("wrn10_1", 8, 4)
 
 def switching(setting: Setting, options) -> dict:
     """Seconds per step of the same steps, in an order that switches every time, and grouped."""
-    workload, model = Training(setting, options.dtype), setting.model()
-    every = model.instances()
-    chosen = [every[i * (len(every) - 1) // (options.instances - 1)] for i in range(options.instances)]
+    workload = Training(setting, options.dtype)
+    chosen = report.spread(setting.model().instances(), options.instances)
     switched = chosen * (options.steps // len(chosen))
     grouped = sorted(switched, key=chosen.index)
     runs = {
@@ -80,20 +79,14 @@ def main():
     options = report.parse(
         __doc__,
         PRESETS,
-        net=(Setting.parse, "NAME:IMAGE SIZE:BATCH SIZE"),
-        dtype=(str, "of the computation"),
         instances=(int, "to switch between"),
-        rounds=(int, "measurements of each"),
-        steps=(int, "of one measurement"),
         count_steps=(int, "over which traces and compilations are counted"),
     )
-    if isinstance(options.net, str):
-        options.net = Setting.parse(options.net)
-    counted, times = count_compilations(options.count_steps), switching(options.net, options)
+    counted, times = count_compilations(options.count_steps), switching(Setting.parse(options.net), options)
     report.write(options.json, options, switching=times, compilations=counted)
     print(report.heading())
     print(f"{'net':24}{'switched, s/step':>30}{'grouped, s/step':>30}{'ratio':>30}")
-    print(f"{options.net!s:24}" + "".join(f"{report.show(times[name], '.4g'):>30}" for name in times))
+    print(f"{options.net:24}" + "".join(f"{report.show(times[name], '.4g'):>30}" for name in times))
     print(
         f"{counted['steps']} steps, {counted['instances']} instances, {counted['programs']} programs: "
         f"{counted['after']['traces']} traces and {counted['after']['compilations']} compilations after warm-up "

@@ -61,13 +61,8 @@ def main():
     options = report.parse(
         __doc__,
         {name: DEFAULTS | preset for name, preset in PRESETS.items()},
-        nets=(str, "NAME:IMAGE SIZE:BATCH SIZE, ..."),
-        dtype=(str, "of our computation"),
-        peers=(str, "of eager, tuned; empty for none"),
         tuned_instances=(int, "of the three, those that tuned PyTorch runs"),
         latency_batch=(int, "batch size of the latency"),
-        rounds=(int, "measurements of each"),
-        steps=(int, "of one measurement"),
     )
     results = {}
     for setting in Setting.parse_list(options.nets):

@@ -28,12 +28,10 @@ from concurrent import futures
 
 import numpy as np
 from PIL import Image
-from report import processor, version
+from report import processor, versions
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from sdpoint_jax import data  # noqa: E402
-from sdpoint_jax.data import augment, decode, examples  # noqa: E402
+from sdpoint_jax import data
+from sdpoint_jax.data import augment, decode, examples
 
 LIBRARIES = ("numpy", "pillow", "opencv-python-headless", "grain", "tensorflow-datasets")
 SIZE, RESIZE, BATCH = (224, 224), (256, 256), 32
@@ -289,10 +287,7 @@ def main():
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{lib: version(lib) for lib in LIBRARIES},
-        },
+        "versions": versions(LIBRARIES),
         "images": options.images or "synthetic",
         "num_images": len(photographs),
         "rounds": options.rounds,

@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 
@@ -24,21 +24,34 @@ from sdpoint_jax.memory import keep_freed_memory  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+# Flags that several benchmarks have: a type and a help text each.
+FLAGS = {
+    "net": (str, "NAME:IMAGE SIZE:BATCH SIZE"),
+    "nets": (str, "NAME:IMAGE SIZE:BATCH SIZE, ..."),
+    "dtype": (str, "of our computation"),
+    "peers": (str, "of eager, tuned; empty for none"),
+    "rounds": (int, "measurements of each"),
+    "steps": (int, "of one measurement"),
+}
 
 
 def parse(doc: str, presets: Mapping[str, dict], **flags) -> argparse.Namespace:
-    """The command line: `--json`, `--clock`, `--preset`, and `flags`, a type and a help text each.
+    """The command line: `--json`, `--clock`, `--preset`, and a flag for each value of a preset.
 
     Also sets up the process's memory as `train.py` does.
 
-    The flags' values come from the preset. `presets` has an entry `small`, the default, for a few minutes on a CPU.
+    Args:
+        doc: of the benchmark.
+        presets: values of the flags; `small`, the default, is for a few minutes on a CPU.
+        **flags: a type and a help text for each that is not in `FLAGS`.
     """
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: this process's own time, for busy cores")
     parser.add_argument("--preset", choices=presets, default="small", help="values of the flags below")
-    for name, (kind, text) in flags.items():
+    for name in presets["small"]:
+        kind, text = flags[name] if name in flags else FLAGS[name]
         text += "; " + ", ".join(f"{preset}: {values[name]}" for preset, values in presets.items())
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     chosen, _ = parser.parse_known_args()
@@ -51,6 +64,12 @@ def switch(text: str) -> bool:
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r}: valid are yes and no")
     return text == "yes"
+
+
+def spread(items: Sequence, count: int) -> tuple:
+    """`count` of the items, or all if there are fewer, evenly from the first to the last."""
+    count = min(count, len(items))
+    return tuple(items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count))
 
 
 def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -117,8 +136,8 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+def versions(libraries: Iterable[str] = LIBRARIES) -> dict:
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def version(library: str) -> str | None:

@@ -112,7 +112,7 @@ def measure(setting: Setting, options) -> dict:
     model = setting.model(options.dtype)
     instances = model.instances()
     if options.instances:
-        instances = tuple(instances[i] for i in np.linspace(0, len(instances) - 1, options.instances).astype(int))
+        instances = report.spread(instances, options.instances)
     batches = [
         random_batch(setting, seed) | {"mask": np.ones(setting.batch_size, np.float32)}
         for seed in range(options.batches)
@@ -158,10 +158,7 @@ def main():
     options = report.parse(
         __doc__,
         PRESETS,
-        nets=(str, "NAME:IMAGE SIZE:BATCH SIZE, ..."),
-        dtype=(str, "of the computation"),
         batches=(int, "to re-estimate from, and to evaluate on"),
-        rounds=(int, "measurements of each"),
         instances=(int, "spread over the net; 0 for all"),
     )
     results = {}

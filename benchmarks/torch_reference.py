@@ -190,10 +190,7 @@ def main():
     options = report.parse(
         __doc__,
         PRESETS,
-        nets=(str, "NAME:IMAGE SIZE:BATCH SIZE, ..."),
         tuned=(report.switch, "yes: as well as PyTorch can; no: as the authors run it"),
-        rounds=(int, "measurements of each"),
-        steps=(int, "of one measurement"),
     )
     prepare(options.tuned)
     rows = {}

@@ -55,13 +55,6 @@ def against_peers(ours, peers: dict, setting: Setting, options) -> dict:
     return results
 
 
-def spread_points(model, count: int) -> tuple[int, ...]:
-    """Points from the earliest to the last, `count` of them, with full resolution."""
-    points = list(dict.fromkeys(instance.point for instance in model.instances()))
-    count = min(count, len(points))
-    return tuple(points[round(i * (len(points) - 1) / max(1, count - 1))] for i in range(count))
-
-
 def mean_over_draw(values: dict) -> float:
     """The mean under the paper's draw: uniform over points, then over the ratios at a point."""
     by_point = {}
@@ -73,7 +66,8 @@ def mean_over_draw(values: dict) -> float:
 def over_the_draw(ours, setting: Setting, options) -> dict:
     """Mean step time and mean MACs of the draw, both over full resolution."""
     model = setting.model()
-    instances = model.instances(points=spread_points(model, options.draw))
+    points = dict.fromkeys(instance.point for instance in model.instances())
+    instances = model.instances(points=report.spread(list(points), options.draw))
     for _ in ours.programs.compile(instances, os.cpu_count()):
         pass
     runs = {
@@ -123,12 +117,7 @@ def main():
     options = report.parse(
         __doc__,
         {name: DEFAULTS | preset for name, preset in PRESETS.items()},
-        nets=(str, "NAME:IMAGE SIZE:BATCH SIZE, ..."),
-        dtype=(str, "of our computation"),
-        peers=(str, "of eager, tuned; empty for none"),
         tuned_instances=(int, "of the three, those that tuned PyTorch runs: it compiles a deep net for a minute each"),
-        rounds=(int, "measurements of each"),
-        steps=(int, "of one measurement"),
         draw=(int, "points of the draw; 0 for no such comparison"),
     )
     results = {}

@@ -241,9 +241,8 @@ class ResNet(nn.Module):
             return block(x, train)
         apply = _block_by_itself(type(block), block.spec, (block.conv, block.norm), self.remat, train)
         y, updates = apply(block.variables, x)
-        if self.is_mutable_collection("batch_stats"):
-            for name, value in updates.get("batch_stats", {}).items():
-                block.put_variable("batch_stats", name, value)
+        for name, value in updates.get("batch_stats", {}).items():
+            block.put_variable("batch_stats", name, value)
         return y
 
     def from_position(self, x, k: int, *, instance: SDPointInstance, train: bool):
