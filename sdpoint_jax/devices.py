@@ -6,7 +6,9 @@ are global arrays, over the devices of all hosts.
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
+import gc
 import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -129,6 +131,18 @@ def _sharding(spec):
     return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), spec)
 
 
+@contextlib.contextmanager
+def _no_garbage_collection():
+    """Tracing makes so many objects, none of them garbage, that looking for garbage takes a third of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Switch:
     """Compiled programs looked up by a static key, as the SDPoint instance: each key is traced and compiled once.
 
@@ -154,7 +168,7 @@ class Switch:
 
     def compile(self, keys: Iterable[Hashable], workers: int) -> Iterator[tuple[Hashable, float]]:
         """Compiles what is missing in `workers` threads, as XLA releases the lock; yields (key, seconds) of each."""
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with _no_garbage_collection(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             tasks = [pool.submit(self._compile, key) for key in keys if key not in self._programs]
             try:
                 for task in concurrent.futures.as_completed(tasks):
