@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sdpoint_jax import program_cache
+
 AXIS = "devices"
 REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
 
@@ -50,7 +52,9 @@ def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple
         if jax.process_count() > 1:  # There, pmap traces from arrays alone.
             specs = [PartitionSpec(AXIS) if axis == SHARDED else PartitionSpec() for axis in in_axes]
             shapes = [jax.tree.map(functools.partial(_zeros, spec), shape) for spec, shape in zip(specs, shapes)]
-        return mapped.lower(*shapes).compile(compiler_options())
+        options = compiler_options()
+        what = (function, in_axes, out_axes, donate, shapes, options)
+        return program_cache.fetch(what, lambda: mapped.lower(*shapes).compile(options))
 
     return compile_from
 

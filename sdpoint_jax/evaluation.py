@@ -7,7 +7,8 @@ left of the net, their *suffix*. Full resolution is the suffix of the last posit
 
 import collections
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from sdpoint_jax.steps import cross_entropy
 class Evaluator:
     """Re-estimates and evaluates some instances of a net; compiled once, it serves any parameters.
 
-    A program's key is an instance, for its suffix, or k = 0, 1, ... for the module of the trunk that leads to
-    position k.
+    A part of the net is an instance, for its suffix, or k = 0, 1, ... for the module of the trunk that leads to
+    position k. Each part has two programs, to re-estimate and to evaluate.
     """
 
     def __init__(self, model, instances: Sequence[SDPointInstance], *, image_shape, batch_size: int, preprocess):
@@ -44,27 +45,27 @@ class Evaluator:
         for instance in instances:
             model.check_instance(instance)
         self._model = model.clone(norm_momentum=0.0)  # A batch leaves its own statistics, nothing of the ones before.
-        self._preprocess = preprocess
+        self._net = dict(model=self._model, preprocess=preprocess)
         self._suffixes = collections.defaultdict(list)
         for instance in dict.fromkeys(instances):
             self._suffixes[model.position_of(instance)].append(instance)
         self._last = max(self._suffixes)
-        self._keys = [*range(self._last + 1), *(i for k in self._suffixes for i in self._suffixes[k])]
+        self._parts = [*range(self._last + 1), *(i for k in self._suffixes for i in self._suffixes[k])]
 
         images = jax.ShapeDtypeStruct((batch_size // jax.local_device_count(), *image_shape), np.uint8)
         self._infer_shapes(images, jax.device_count())
-        self._reestimate = Switch(self._reestimate_program, self._reestimate_shapes)
-        self._evaluate = Switch(self._evaluate_program, self._evaluate_shapes)
+        self._programs = Switch(self._build, self._shapes)
 
-    def compile(self, workers: int) -> Iterator[tuple[Hashable, float]]:
-        """Compiles all programs in `workers` threads; yields (key, seconds) of each."""
-        yield from self._reestimate.compile(self._keys, workers)
-        yield from self._evaluate.compile(self._keys, workers)
+    def compile(self, workers: int) -> Iterator[tuple[str, float]]:
+        """Compiles all programs in `workers` threads; yields (what it does, seconds) of each."""
+        keys = itertools.product((_REESTIMATE, _EVALUATE), self._parts)
+        for (does, part), seconds in self._programs.compile(keys, workers):
+            yield f"{does} {part}", seconds
 
     @property
     def num_programs(self) -> int:
         """Programs that `compile` compiles."""
-        return 2 * len(self._keys)
+        return 2 * len(self._parts)
 
     def reestimate(self, params, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, Any]:
         """BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
@@ -80,16 +81,16 @@ class Evaluator:
             `batch_stats` on the host, by instance.
         """
         params = replicate(params)
-        moments = {key: replicate(jax.tree.map(_zeros, self._statistics_shapes[key])) for key in self._keys}
+        moments = {part: replicate(jax.tree.map(_zeros, self._statistics_shapes[part])) for part in self._parts}
         count = 0
         for batch in prefetch({"images": batch["images"]} for batch in batches):
             count += 1
             share = np.float32(1 / count)
             x, done = batch["images"], list(moments.values())
             for k in range(self._last + 1):
-                moments[k], x = self._reestimate[k](self._of(k, params), moments[k], share, x)
+                moments[k], x = self._programs[_REESTIMATE, k](self._of(k, params), moments[k], share, x)
                 for instance in self._suffixes.get(k, ()):
-                    moments[instance] = self._reestimate[instance](
+                    moments[instance] = self._programs[_REESTIMATE, instance](
                         self._of(instance, params), moments[instance], share, x
                     )
             jax.block_until_ready(done)  # Stay at most one batch ahead of the devices.
@@ -118,14 +119,14 @@ class Evaluator:
         params = replicate(params)
         deepest = self._suffixes[self._last][0]
         statistics = {k: statistics[deepest] for k in range(self._last + 1)} | dict(statistics)
-        statistics = {key: replicate(self._of(key, statistics[key])) for key in self._keys}
-        sums = {key: replicate(_zero_sums()) for key in self._keys if isinstance(key, SDPointInstance)}
+        statistics = {part: replicate(self._of(part, statistics[part])) for part in self._parts}
+        sums = {part: replicate(_zero_sums()) for part in self._parts if isinstance(part, SDPointInstance)}
         for batch in prefetch(batches):
             x, done = batch["images"], list(sums.values())
             for k in range(self._last + 1):
-                x = self._evaluate[k](self._of(k, params), statistics[k], x)
+                x = self._programs[_EVALUATE, k](self._of(k, params), statistics[k], x)
                 for instance in self._suffixes.get(k, ()):
-                    sums[instance] = self._evaluate[instance](
+                    sums[instance] = self._programs[_EVALUATE, instance](
                         self._of(instance, params),
                         statistics[instance],
                         sums[instance],
@@ -136,12 +137,12 @@ class Evaluator:
             jax.block_until_ready(done)
         return {instance: self._means(jax.device_get(total)) for instance, total in sums.items()}
 
-    def _of(self, key, tree):
-        """The part of parameters or statistics that the program of `key` uses."""
-        if isinstance(key, SDPointInstance):
-            modules = self._model.modules[self._model.position_of(key) + 1 :]
+    def _of(self, part, tree):
+        """What a part of the net uses of parameters or statistics."""
+        if isinstance(part, SDPointInstance):
+            modules = self._model.modules[self._model.position_of(part) + 1 :]
         else:
-            modules = self._model.modules[key : key + 1]
+            modules = self._model.modules[part : part + 1]
         return {module: tree[module] for module in modules if module in tree}
 
     def _assemble(self, moments, instance):
@@ -155,74 +156,82 @@ class Evaluator:
             means["top5"] = None
         return means | {"count": count}
 
-    def _forward(self, key, params, statistics, x, train):
-        """Runs the module or suffix of `key`; returns its output and the statistics of the batch, if training."""
-        net = type(self._model)
-        if isinstance(key, SDPointInstance):
-            method = functools.partial(net.from_position, k=self._model.position_of(key), instance=key)
-        elif key == 0:
-            method, x = net.to_first_position, self._preprocess(x)
-        else:
-            method = functools.partial(net.next_position, k=key - 1)
-        variables = {"params": params, "batch_stats": statistics}
-        if train:
-            del variables["batch_stats"]
-        output, updated = self._model.apply(
-            variables, x, method=method, train=train, mutable=["batch_stats"] if train else []
-        )
-        return output, updated.get("batch_stats", {})
-
     def _infer_shapes(self, images, devices):
         variables = jax.eval_shape(
-            lambda x: self._model.init(jax.random.key(0), self._preprocess(x), train=False), images
+            lambda x: self._model.init(jax.random.key(0), self._net["preprocess"](x), train=False), images
         )
         self._params_shapes, self._activation_shapes, self._statistics_shapes = shapes_of(variables["params"]), {}, {}
         x = images
-        for key in self._keys:
-            self._statistics_shapes[key] = self._of(key, variables["batch_stats"])
+        for part in self._parts:
+            self._statistics_shapes[part] = self._of(part, variables["batch_stats"])
         for k in range(self._last + 1):
             self._activation_shapes[k] = x
-            forward = functools.partial(self._forward, k, train=False)
+            forward = functools.partial(_forward, part=k, train=False, **self._net)
             x, _ = jax.eval_shape(forward, self._of(k, variables["params"]), self._statistics_shapes[k], x)
             for instance in self._suffixes.get(k, ()):
                 self._activation_shapes[instance] = x
         self._activation_shapes = {
-            key: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype) for key, x in self._activation_shapes.items()
+            part: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype) for part, x in self._activation_shapes.items()
         }
 
-    def _reestimate_shapes(self, key):
-        share = jax.ShapeDtypeStruct((), np.float32)
-        return self._of(key, self._params_shapes), self._statistics_shapes[key], share, self._activation_shapes[key]
-
-    def _reestimate_program(self, key):
-        def step(params, moments, share, x):
-            output, batch_stats = self._forward(key, params, None, x, train=True)
-            moments = _pool_moments(moments, _pool_devices(batch_stats), share)
-            return moments if isinstance(key, SDPointInstance) else (moments, output)
-
-        out_axes = REPLICATED if isinstance(key, SDPointInstance) else (REPLICATED, SHARDED)
-        return parallel(step, in_axes=(REPLICATED, REPLICATED, REPLICATED, SHARDED), out_axes=out_axes)
-
-    def _evaluate_shapes(self, key):
-        x = self._activation_shapes[key]
-        shapes = self._of(key, self._params_shapes), self._statistics_shapes[key]
-        if not isinstance(key, SDPointInstance):
-            return *shapes, x
+    def _shapes(self, key):
+        does, part = key
+        params, statistics = self._of(part, self._params_shapes), self._statistics_shapes[part]
+        x = self._activation_shapes[part]
+        if does == _REESTIMATE:
+            return params, statistics, jax.ShapeDtypeStruct((), np.float32), x
+        if not isinstance(part, SDPointInstance):
+            return params, statistics, x
         labels, mask = (jax.ShapeDtypeStruct(x.shape[:2], dtype) for dtype in (np.int32, np.float32))
-        return *shapes, shapes_of(_zero_sums()), x, labels, mask
+        return params, statistics, shapes_of(_zero_sums()), x, labels, mask
 
-    def _evaluate_program(self, key):
-        def advance(params, statistics, x):
-            return self._forward(key, params, statistics, x, train=False)[0]
-
-        def add_metrics(params, statistics, sums, x, labels, mask):
-            logits = self._forward(key, params, statistics, x, train=False)[0]
-            return jax.tree.map(jnp.add, sums, jax.lax.psum(_metric_sums(logits, labels, mask), AXIS))
-
-        if not isinstance(key, SDPointInstance):
-            return parallel(advance, in_axes=(REPLICATED, REPLICATED, SHARDED), out_axes=SHARDED)
+    def _build(self, key):
+        does, part = key
+        is_suffix = isinstance(part, SDPointInstance)
+        kwargs = dict(part=part, **self._net)
+        if does == _REESTIMATE:
+            step = functools.partial(_pool_batch, **kwargs)
+            out_axes = REPLICATED if is_suffix else (REPLICATED, SHARDED)
+            return parallel(step, in_axes=(REPLICATED, REPLICATED, REPLICATED, SHARDED), out_axes=out_axes)
+        if not is_suffix:
+            step = functools.partial(_advance, **kwargs)
+            return parallel(step, in_axes=(REPLICATED, REPLICATED, SHARDED), out_axes=SHARDED)
         in_axes = (REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, SHARDED)
-        return parallel(add_metrics, in_axes=in_axes, out_axes=REPLICATED)
+        return parallel(functools.partial(_add_metrics, **kwargs), in_axes=in_axes, out_axes=REPLICATED)
+
+
+_REESTIMATE, _EVALUATE = "reestimate", "evaluate"  # What a program does.
+
+
+def _forward(params, statistics, x, *, model, preprocess, part, train):
+    """Runs a part of the net; returns its output and the statistics of the batch, if training."""
+    net = type(model)
+    if isinstance(part, SDPointInstance):
+        method = functools.partial(net.from_position, k=model.position_of(part), instance=part)
+    elif part == 0:
+        method, x = net.to_first_position, preprocess(x)
+    else:
+        method = functools.partial(net.next_position, k=part - 1)
+    variables = {"params": params, "batch_stats": statistics}
+    if train:
+        del variables["batch_stats"]
+    output, updated = model.apply(variables, x, method=method, train=train, mutable=["batch_stats"] if train else [])
+    return output, updated.get("batch_stats", {})
+
+
+def _pool_batch(params, moments, share, x, *, part, **kwargs):
+    output, batch_stats = _forward(params, None, x, part=part, train=True, **kwargs)
+    moments = _pool_moments(moments, _pool_devices(batch_stats), share)
+    return moments if isinstance(part, SDPointInstance) else (moments, output)
+
+
+def _advance(params, statistics, x, **kwargs):
+    return _forward(params, statistics, x, train=False, **kwargs)[0]
+
+
+def _add_metrics(params, statistics, sums, x, labels, mask, **kwargs):
+    logits, _ = _forward(params, statistics, x, train=False, **kwargs)
+    return jax.tree.map(jnp.add, sums, jax.lax.psum(_metric_sums(logits, labels, mask), AXIS))
 
 
 def _zeros(shape):

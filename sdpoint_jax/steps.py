@@ -171,6 +171,9 @@ def update_step(
     return TrainState(step, params, opt_state), metrics
 
 
+_UPDATE = "update"  # The key of the program that all instances share.
+
+
 class TrainPrograms:
     """The training steps: `programs[instance](state, control, batch)` returns (state, metrics) and donates the state.
 
@@ -190,33 +193,34 @@ class TrainPrograms:
         state, control, batch = shapes_of((state, control, batch))
         update = functools.partial(update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite)
 
-        def build(instance):
-            step = functools.partial(gradient_step, instance=instance, **kwargs)
-            return parallel(step, in_axes=(REPLICATED, SHARDED, SHARDED), out_axes=REPLICATED)
-
-        def build_update(_):
-            in_axes = (REPLICATED, SHARDED, REPLICATED, REPLICATED)
-            return parallel(update, in_axes=in_axes, out_axes=REPLICATED, donate=(0,))
-
         metrics = {
             "loss": jax.ShapeDtypeStruct((), np.float32),
             "accuracy": jax.ShapeDtypeStruct((), np.float32),
             "flags": jax.ShapeDtypeStruct((control.shape[-1] - 1,), np.int32),
         }
-        self._gradients = Switch(build, lambda _: (state.params, control, batch))
-        self._updates = Switch(build_update, lambda _: (state, control, state.params, metrics))
+
+        def build(key):
+            if key == _UPDATE:
+                in_axes = (REPLICATED, SHARDED, REPLICATED, REPLICATED)
+                return parallel(update, in_axes=in_axes, out_axes=REPLICATED, donate=(0,))
+            step = functools.partial(gradient_step, instance=key, **kwargs)
+            return parallel(step, in_axes=(REPLICATED, SHARDED, SHARDED), out_axes=REPLICATED)
+
+        def shapes(key):
+            return (state, control, state.params, metrics) if key == _UPDATE else (state.params, control, batch)
+
+        self._programs = Switch(build, shapes)
 
     def compile(self, instances: Iterable[SDPointInstance], workers: int) -> Iterator[tuple[Hashable, float]]:
         """Compiles ahead of time; see `Switch.compile`."""
-        yield from self._updates.compile(["update"], workers)
-        yield from self._gradients.compile(instances, workers)
+        return self._programs.compile([_UPDATE, *instances], workers)
 
     def gradients(self, instance: SDPointInstance) -> Callable:
         """The first of the two alone; see `gradient_step`."""
-        return self._gradients[instance]
+        return self._programs[instance]
 
     def __getitem__(self, instance: SDPointInstance) -> Callable:
-        gradient, update = self._gradients[instance], self._updates["update"]
+        gradient, update = self._programs[instance], self._programs[_UPDATE]
 
         def step(state, control, batch):
             return update(state, control, *gradient(state.params, control, batch))
@@ -225,4 +229,4 @@ class TrainPrograms:
 
     def __len__(self) -> int:
         """How many programs have been compiled."""
-        return len(self._gradients) + len(self._updates)
+        return len(self._programs)
