@@ -21,7 +21,9 @@ def downsampled_size(size: int, ratio: float) -> int:
 def adaptive_avg_pool(x, size: tuple[int, int]):
     """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
     for axis, out in ((1, size[0]), (2, size[1])):
-        if _is_periodic(x.shape[axis], out):
+        if x.shape[axis] - out == math.gcd(x.shape[axis], out):
+            x = _average_neighbours(x, axis, out)
+        elif _is_periodic(x.shape[axis], out):
             x = _pool_periods(x, axis, out, jnp.mean)
         else:
             x = _average_by_matrix(x, axis, out)
@@ -44,6 +46,15 @@ def _windows(size, out):
 
 def _is_periodic(size, out):
     return out // math.gcd(size, out) <= _MAX_SLICES
+
+
+def _average_neighbours(x, axis, out):
+    """The sizes that are one less in each period, as for ratios 1/2 and 3/4: each window is two neighbours."""
+    size, before, after = x.shape[axis], x.shape[:axis], x.shape[axis + 1 :]
+    periods = math.gcd(size, out)
+    x = x.reshape(*before, periods, size // periods, *after)
+    first, second = (lax.slice_in_dim(x, start, start + out // periods, axis=axis + 1) for start in (0, 1))
+    return ((first + second) / 2).reshape(*before, out, *after)
 
 
 def _pool_periods(x, axis, out, reduce):
