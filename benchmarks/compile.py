@@ -11,7 +11,8 @@ Each way in a fresh process, for instances spread over the net:
 
 `--sample` limits the first two to that many instances; their totals are then scaled up. `--cache` names the folder of
 the cache, for other programs to use; by default it is a temporary one. `--step-time=yes` also times the naive step
-against ours, at full resolution.
+against ours, at full resolution. Last comes the memory that the project's programs need beside the batch, the
+parameters and the gradients: that of the instance that needs most, over that of full resolution.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from workload import Setting, Training, preprocess
 from sdpoint_jax import steps
 from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.steps import TrainPrograms
 
 WAYS = ("naive", "sequential", "concurrent", "cached")
 PRESETS = {
@@ -72,13 +74,20 @@ def compile_one_way(options) -> dict:
     count = options.instances if concurrent else min(options.sample, options.instances)
     workers = (options.workers or os.cpu_count()) if concurrent else 1
     start, cpu = time.perf_counter(), time.process_time()
-    seconds = dict(workload.programs.compile(report.spread(options.net.model().instances(), count), workers))
+    instances = report.spread(options.net.model().instances(), count)
+    seconds = dict(workload.programs.compile(instances, workers))
     return {
         "wall": time.perf_counter() - start,
         "cpu": time.process_time() - cpu,
         "workers": workers,
         "seconds": {str(key): value for key, value in seconds.items()},
+        "temporary_bytes": temporary_bytes(workload.programs, instances) if options.way == "concurrent" else None,
     }
+
+
+def temporary_bytes(programs: TrainPrograms, instances) -> dict[str, int]:
+    """What an instance's program needs of a device's memory beside its arguments and results, as XLA has planned it."""
+    return {i.name: programs.gradients(i).memory_analysis().temp_size_in_bytes for i in instances}
 
 
 def in_fresh_process(way: str, options, cache: str | None) -> dict:
@@ -152,6 +161,8 @@ def main():
         f"the same per core, of {cores}": totals["sequential"] / totals["concurrent"] / cores,
         "cached over concurrent, wall time": totals["cached"] / totals["concurrent"],
     }
+    temporary = ways["concurrent"]["temporary_bytes"]
+    ratios["largest temporary memory over full resolution's"] = max(temporary.values()) / temporary["full"]
     results = {"ways": ways, "total_seconds": totals, "ratios": ratios}
     if options.step_time:
         results["step_seconds"] = step_time(Setting.parse(options.net), options.dtype)
