@@ -27,7 +27,7 @@ from sdpoint_jax import devices, evaluation, steps
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models.resnet import Architecture, ResNet
 
-model = ResNet(Architecture((1,), 4, 4, stem=4, imagenet_stem=False), 10)
+model = ResNet(Architecture((1,), 4, 4, preactivation=True, stem=4, imagenet_stem=False), 10)
 preprocess = functools.partial(steps.normalize, mean=(0.5,), std=(0.25,))
 shape, rng = (8, 8, 1), np.random.default_rng(0)
 images = rng.integers(0, 256, (4, *shape), np.uint8)

@@ -228,6 +228,7 @@ sys.path[:0] = {paths}
 import jax, numpy as np, tiny, test_steps
 from sdpoint_jax import devices
 from sdpoint_jax.instance import sample_instance
+test_steps.RATE = 0.03  # At larger steps, rounding can push a ReLU over its kink, and the losses apart by 1e-3.
 model = tiny.net(axis_name=devices.AXIS)
 state = test_steps.make_state(model)
 programs = test_steps.make_programs(model, state, devices.shard(tiny.batch(16)))
