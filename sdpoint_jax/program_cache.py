@@ -147,5 +147,6 @@ def _keep(path, program):
         content = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), level=1)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, content)
-    except Exception as error:  # Likewise; a run needs no cache.
-        warnings.warn(f"a program could not be kept for the next start: {error}", stacklevel=2)
+    except Exception as error:  # Likewise; a run needs no cache. The same words for all programs are shown once.
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        warnings.warn(f"{path.parent}: programs cannot be kept for the next start: {reason}", stacklevel=2)
