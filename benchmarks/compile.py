@@ -157,6 +157,7 @@ def main():
     cores = ways["concurrent"]["workers"]
     ratios = {
         "naive over sequential, work": totals["naive"] / totals["sequential"],
+        "naive over concurrent, wall time": totals["naive"] / totals["concurrent"],
         "sequential over concurrent, wall time": totals["sequential"] / totals["concurrent"],
         f"the same per core, of {cores}": totals["sequential"] / totals["concurrent"] / cores,
         "cached over concurrent, wall time": totals["cached"] / totals["concurrent"],
