@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import numbers
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -243,4 +244,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has seen enough, as `head`, is no error.
     sys.exit(main())

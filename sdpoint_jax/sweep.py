@@ -66,7 +66,7 @@ def sweep(
         "reestimate_images": experiment.config.reestimate_images,
     }
     shared, separate = (sum(passes) for passes in zip(*(count_passes(experiment, group) for group in groups)))
-    progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; one by one it were {separate:.1f}")
+    progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; {separate:.1f} one by one")
     if not is_main_host():
         return rows
     files.write_atomically(

@@ -168,6 +168,13 @@ def test_all_that_differs_is_described():
     assert program_cache.describe(SDPointInstance(1, 0.5)) != program_cache.describe(SDPointInstance(2, 0.5))
 
 
+def test_settings_of_jax_are_part_of_the_name():
+    path = program_cache._path(gradient())
+    with jax.default_matmul_precision("highest"):
+        assert program_cache._path(gradient()) != path
+    assert program_cache._path(gradient()) == path is not None
+
+
 class OtherNet(ResNet):
     """Of the same fields as ours."""
 
