@@ -19,6 +19,8 @@ from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, pre
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.steps import cross_entropy
 
+_REESTIMATE, _EVALUATE = "reestimate", "evaluate"  # What a program does.
+
 
 class Evaluator:
     """Re-estimates and evaluates some instances of a net; compiled once, it serves any parameters.
@@ -45,7 +47,7 @@ class Evaluator:
         for instance in instances:
             model.check_instance(instance)
         self._model = model.clone(norm_momentum=0.0)  # A batch leaves its own statistics, nothing of the ones before.
-        self._net = dict(model=self._model, preprocess=preprocess)
+        self._preprocess = preprocess
         self._suffixes = collections.defaultdict(list)
         for instance in dict.fromkeys(instances):
             self._suffixes[model.position_of(instance)].append(instance)
@@ -158,7 +160,7 @@ class Evaluator:
 
     def _infer_shapes(self, images, devices):
         variables = jax.eval_shape(
-            lambda x: self._model.init(jax.random.key(0), self._net["preprocess"](x), train=False), images
+            lambda x: self._model.init(jax.random.key(0), self._preprocess(x), train=False), images
         )
         self._params_shapes, self._activation_shapes, self._statistics_shapes = shapes_of(variables["params"]), {}, {}
         x = images
@@ -166,7 +168,7 @@ class Evaluator:
             self._statistics_shapes[part] = self._of(part, variables["batch_stats"])
         for k in range(self._last + 1):
             self._activation_shapes[k] = x
-            forward = functools.partial(_forward, part=k, train=False, **self._net)
+            forward = functools.partial(_forward, train=False, **self._net(k))
             x, _ = jax.eval_shape(forward, self._of(k, variables["params"]), self._statistics_shapes[k], x)
             for instance in self._suffixes.get(k, ()):
                 self._activation_shapes[instance] = x
@@ -188,19 +190,19 @@ class Evaluator:
     def _build(self, key):
         does, part = key
         is_suffix = isinstance(part, SDPointInstance)
-        kwargs = dict(part=part, **self._net)
         if does == _REESTIMATE:
-            step = functools.partial(_pool_batch, **kwargs)
+            step = functools.partial(_pool_batch, **self._net(part))
             out_axes = REPLICATED if is_suffix else (REPLICATED, SHARDED)
             return parallel(step, in_axes=(REPLICATED, REPLICATED, REPLICATED, SHARDED), out_axes=out_axes)
         if not is_suffix:
-            step = functools.partial(_advance, **kwargs)
+            step = functools.partial(_advance, **self._net(part))
             return parallel(step, in_axes=(REPLICATED, REPLICATED, SHARDED), out_axes=SHARDED)
         in_axes = (REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, SHARDED)
-        return parallel(functools.partial(_add_metrics, **kwargs), in_axes=in_axes, out_axes=REPLICATED)
+        return parallel(functools.partial(_add_metrics, **self._net(part)), in_axes=in_axes, out_axes=REPLICATED)
 
-
-_REESTIMATE, _EVALUATE = "reestimate", "evaluate"  # What a program does.
+    def _net(self, part):
+        """The static arguments of `_forward` for a part."""
+        return dict(model=self._model, preprocess=self._preprocess, part=part)
 
 
 def _forward(params, statistics, x, *, model, preprocess, part, train):

@@ -100,26 +100,29 @@ def _is_ours(code):
 
 
 def _path(what):
-    folder, config = jax.config.jax_compilation_cache_dir, jax.config
-    if not folder or "://" in folder or not config.jax_enable_compilation_cache or jax.process_count() > 1:
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or "://" in folder or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
         return None
     try:
         text = describe(what)
     except TypeError:
         return None
-    settings = {name: value for name, value in config.values.items() if "cache" not in name}
+    settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
     digest = hashlib.sha256(f"{_surroundings()}\n{sorted(settings.items())}\n{text}".encode())
     return pathlib.Path(folder, "sdpoint_jax", digest.hexdigest())
 
 
 @functools.cache
 def _surroundings():
+    """A digest of what is the same for all programs of a process."""
     sources = [(path.relative_to(_PACKAGE).as_posix(), path.read_bytes()) for path in sorted(_PACKAGE.rglob("*.py"))]
     installed = sorted((found.name.lower(), found.version) for found in importlib.metadata.distributions())
     versions = [name_and_version for name_and_version in installed if name_and_version[0].startswith(_LIBRARIES)]
     environment = sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS))
     devices = [(device.id, device.platform, device.device_kind) for device in jax.devices()]
-    return repr((sources, versions, environment, devices, jax.devices()[0].client.platform_version, _processor()))
+    backend = jax.devices()[0].client.platform_version
+    surroundings = (sources, versions, environment, devices, backend, _processor())
+    return hashlib.sha256(repr(surroundings).encode()).hexdigest()
 
 
 def _processor():

@@ -14,6 +14,8 @@ import optax
 from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, shapes_of
 from sdpoint_jax.instance import SDPointInstance
 
+_UPDATE = "update"  # The key of the program that all instances share.
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -169,9 +171,6 @@ def update_step(
     step = state.step + (1 if skip_nonfinite else applies)
     metrics |= {"gradient_norm": norm, "finite": finite, "learning_rate": learning_rate}
     return TrainState(step, params, opt_state), metrics
-
-
-_UPDATE = "update"  # The key of the program that all instances share.
 
 
 class TrainPrograms:

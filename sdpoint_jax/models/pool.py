@@ -24,7 +24,7 @@ def adaptive_avg_pool(x, size: tuple[int, int]):
         if x.shape[axis] - out == math.gcd(x.shape[axis], out):
             x = _average_neighbours(x, axis, out)
         elif _is_periodic(x.shape[axis], out):
-            x = _pool_periods(x, axis, out, jnp.mean)
+            x = _pool_slices(x, axis, out, jnp.mean)
         else:
             x = _average_by_matrix(x, axis, out)
     return x
@@ -34,7 +34,7 @@ def adaptive_max_pool(x, size: tuple[int, int]):
     """The maximum of `x` [B, H, W, C] over adaptive windows, as [B, *size, C]."""
     for axis, out in ((1, size[0]), (2, size[1])):
         if _is_periodic(x.shape[axis], out):
-            x = _pool_periods(x, axis, out, jnp.max)
+            x = _pool_slices(x, axis, out, jnp.max)
         else:
             x = _max_by_gather(x, axis, out)
     return x
@@ -50,22 +50,28 @@ def _is_periodic(size, out):
 
 def _average_neighbours(x, axis, out):
     """The sizes that are one less in each period, as for ratios 1/2 and 3/4: each window is two neighbours."""
+
+    def pool(x, axis, out):
+        first, second = (lax.slice_in_dim(x, start, start + out, axis=axis) for start in (0, 1))
+        return (first + second) / 2
+
+    return _by_periods(x, axis, out, pool)
+
+
+def _pool_slices(x, axis, out, reduce):
+    def pool(x, axis, out):
+        windows = _windows(x.shape[axis], out)
+        return jnp.stack([reduce(lax.slice_in_dim(x, *window, axis=axis), axis=axis) for window in windows], axis)
+
+    return _by_periods(x, axis, out, pool)
+
+
+def _by_periods(x, axis, out, pool):
+    """Pools an axis of `x` to `out` cells by `pool(x, axis, cells)`, which sees each period as an axis of its own."""
     size, before, after = x.shape[axis], x.shape[:axis], x.shape[axis + 1 :]
     periods = math.gcd(size, out)
     x = x.reshape(*before, periods, size // periods, *after)
-    first, second = (lax.slice_in_dim(x, start, start + out // periods, axis=axis + 1) for start in (0, 1))
-    return ((first + second) / 2).reshape(*before, out, *after)
-
-
-def _pool_periods(x, axis, out, reduce):
-    size, before, after = x.shape[axis], x.shape[:axis], x.shape[axis + 1 :]
-    periods = math.gcd(size, out)
-    x = x.reshape(*before, periods, size // periods, *after)
-    cells = [
-        reduce(lax.slice_in_dim(x, start, stop, axis=axis + 1), axis=axis + 1)
-        for start, stop in _windows(size // periods, out // periods)
-    ]
-    return jnp.stack(cells, axis=axis + 1).reshape(*before, out, *after)
+    return pool(x, axis + 1, out // periods).reshape(*before, out, *after)
 
 
 def _average_by_matrix(x, axis, out):
