@@ -31,7 +31,6 @@ from workload import Setting, Training, preprocess
 from sdpoint_jax import steps
 from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
 from sdpoint_jax.instance import FULL_RESOLUTION
-from sdpoint_jax.steps import TrainPrograms
 
 WAYS = ("naive", "sequential", "concurrent", "cached")
 PRESETS = {
@@ -85,12 +84,13 @@ def compile_one_way(options) -> dict:
     }
 
 
-def temporary_bytes(programs: TrainPrograms, instances) -> dict[str, int]:
+def temporary_bytes(programs: steps.TrainPrograms, instances) -> dict[str, int]:
     """What an instance's program needs of a device's memory beside its arguments and results, as XLA has planned it."""
     return {i.name: programs.gradients(i).memory_analysis().temp_size_in_bytes for i in instances}
 
 
 def in_fresh_process(way: str, options, cache: str | None) -> dict:
+    """What `compile_one_way` finds in a process of its own, with a persistent cache in the folder `cache`, if any."""
     command = [sys.executable, __file__, f"--way={way}", f"--net={options.net}", f"--dtype={options.dtype}"]
     command += [f"--{name}={getattr(options, name)}" for name in ("instances", "sample", "workers")]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
@@ -125,6 +125,7 @@ def step_time(setting: Setting, dtype: str) -> dict:
 
 
 def parse():
+    """The command line: of the whole benchmark, or of one way in a process of its own."""
     if any(argument.startswith("--way=") for argument in sys.argv):
         parser = argparse.ArgumentParser()
         for name, kind in dict(way=str, net=Setting.parse, dtype=str, instances=int, sample=int, workers=int).items():

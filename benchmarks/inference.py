@@ -49,6 +49,7 @@ def against_macs(ours: Inference, setting: Setting, options) -> dict:
 
 
 def measure(setting: Setting, options, macs: bool) -> dict:
+    """Inference of one net beside its peers and, if `macs`, its time beside its MACs."""
     ours = Inference(setting, options.dtype)
     with start_peers(options.peers, "Inference", setting) as peers:
         result = {"instances": against_peers(ours, peers, setting, options)}

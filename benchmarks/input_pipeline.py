@@ -27,8 +27,8 @@ import time
 from concurrent import futures
 
 import numpy as np
+import report
 from PIL import Image
-from report import processor, versions
 
 from sdpoint_jax import data
 from sdpoint_jax.data import augment, decode, examples
@@ -67,6 +67,7 @@ def training_image_pil(content, rng):
 
 
 def training_image(content, rng):
+    """The project's training image of a JPEG file, from decoding to the array."""
     augmentation = augment.AUGMENTATIONS["random_resized_crop_flip"]
     row = np.array([rng.random() for _ in range(augmentation.numbers)])
     return np.array(augmentation.apply(decode.decode(content, 3), row, SIZE))
@@ -83,6 +84,7 @@ def evaluation_image_pil(content, rng):
 
 
 def evaluation_image(content, rng):
+    """The project's evaluation image of a JPEG file, likewise."""
     del rng
     return np.array(augment.resize_and_center_crop(decode.decode(content, 3), RESIZE, SIZE))
 
@@ -166,12 +168,14 @@ class Arrays:
 
 
 def small_dataset(images):
+    """A data set of images of CIFAR's size, in memory."""
     split = examples.DecodedSplit(Arrays(images), channels=3, num_classes=10, image_size=(32, 32))
     names = tuple("0123456789")
     return data.Dataset("small", names, 3, (32, 32), "error", {"train": split})
 
 
 def photograph_dataset(folder, photographs):
+    """A data set of JPEG files, which are written below `folder`."""
     for index, content in enumerate(photographs):
         path = pathlib.Path(folder, "train", str(index % 2), f"{index}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,23 +232,19 @@ def measure(runs, rounds, seconds):
     return rows
 
 
-def summary(values):
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def ratio(rows, name, other, column):
     """Median, over the rounds, of one rate over another of the same round."""
     if name not in rows or other not in rows:
         return None
-    pairs = zip(rows[name][column], rows[other][column], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+    return report.ratio(rows[name][column], rows[other][column])["median"]
 
 
-def report(rows, ratios, rate, rounds):
+def show(rows, ratios, rate, rounds):
+    """Prints the table; `rate` is the demand, in images/s."""
     print(f"\n{'':38}{'images/s per core (low-high)':>32}{'images/s':>10}{'cores for':>11}")
     print(f"{'':38}{f'median of {rounds}':>32}{'':10}{f'{rate:,.0f}/s':>11}")
     for name, row in rows.items():
-        core = summary(row["per_core"])
+        core = report.summary(row["per_core"])
         spread = f"{core['median']:,.0f} ({core['low']:,.0f}-{core['high']:,.0f})"
         wall = statistics.median(row["per_second"])
         print(f"{name:38}{spread:>32}{wall:>10,.0f}{rate / core['median']:>11.1f}")
@@ -283,16 +283,18 @@ def main():
     }
     result = {
         "machine": {
-            "processor": processor(),
+            "processor": report.processor(),
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },
-        "versions": versions(LIBRARIES),
+        "versions": report.versions(LIBRARIES),
         "images": options.images or "synthetic",
         "num_images": len(photographs),
         "rounds": options.rounds,
         "seconds": options.seconds,
-        "rates": {name: {column: summary(values) for column, values in row.items()} for name, row in rows.items()},
+        "rates": {
+            name: {column: report.summary(values) for column, values in row.items()} for name, row in rows.items()
+        },
         "ratios": ratios,
     }
     if options.json:
@@ -300,7 +302,7 @@ def main():
         print(f"wrote {options.json}")
     print(f"{result['machine']['processor']}, {os.cpu_count()} cores; {len(photographs)} images")
     print(", ".join(f"{name} {value}" for name, value in result["versions"].items()))
-    report(rows, ratios, options.rate, options.rounds)
+    show(rows, ratios, options.rate, options.rounds)
 
 
 if __name__ == "__main__":

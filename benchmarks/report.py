@@ -119,6 +119,7 @@ def heading() -> str:
 
 
 def machine() -> dict:
+    """What the results depend on beside the libraries; `load` is the mean number of processes in the last minute."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -129,6 +130,7 @@ def machine() -> dict:
 
 
 def processor() -> str:
+    """The processor's name, or that of its architecture."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -137,6 +139,7 @@ def processor() -> str:
 
 
 def versions(libraries: Iterable[str] = LIBRARIES) -> dict:
+    """Versions of Python and `libraries`."""
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 

@@ -102,6 +102,7 @@ def difference(found, expected) -> float:
 
 
 def timed(clock, function, *args):
+    """Seconds of a call by one of `report.CLOCKS`, and its result."""
     now = report.CLOCKS[clock]
     start = now()
     result = function(*args)
@@ -109,6 +110,7 @@ def timed(clock, function, *args):
 
 
 def measure(setting: Setting, options) -> dict:
+    """Sweeps of one net, shared and one by one: seconds, passes, and how far their numbers are apart."""
     model = setting.model(options.dtype)
     instances = model.instances()
     if options.instances:

@@ -90,6 +90,7 @@ def over_the_draw(ours, setting: Setting, options) -> dict:
 
 
 def measure(setting: Setting, options) -> dict:
+    """Training steps of one net: beside its peers, over the draw, and the peak of memory."""
     ours = Training(setting, options.dtype)
     memory = {}
     ours.step(FULL_RESOLUTION)
