@@ -1,7 +1,7 @@
 """Sweeps the SDPoint instances of a trained net: python evaluate.py --workdir=runs/digits
 
 Re-estimates BatchNorm statistics for each instance, evaluates it, and writes to WORKDIR/sweep (or --output): sweep.csv,
-sweep.json, sweep.png, and the artefact that sdpoint_jax.predictor.Predictor loads. The same command goes on with a
+sweep.json, sweep.png, and the artefact that Predictor loads. The same command goes on with a
 sweep that was interrupted. Exit codes: 0 done, 2 error.
 """
 
@@ -9,7 +9,7 @@ import pathlib
 
 from absl import flags
 
-from sdpoint_jax import command
+from sdpoint_jax.cli import command
 
 
 def define_flags():
@@ -38,8 +38,10 @@ def numbers(flag, kind):
 
 
 def main():
-    from sdpoint_jax import checkpoint, experiment, sweep  # Late: JAX takes seconds.
     from sdpoint_jax import config as configs
+    from sdpoint_jax import experiment
+    from sdpoint_jax.evaluation import sweep  # Late: JAX takes seconds.
+    from sdpoint_jax.storage import checkpoint
 
     values = flags.FLAGS
     baseline = sweep.baseline_row(values.baseline) if values.baseline else None

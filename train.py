@@ -10,7 +10,8 @@ import sys
 
 from absl import flags
 
-from sdpoint_jax import command, interruption
+from sdpoint_jax.cli import command
+from sdpoint_jax.training import stop as interruption
 
 
 def define_flags():
@@ -20,7 +21,8 @@ def define_flags():
 
 
 def main():
-    from sdpoint_jax import replay, training  # Late, as JAX takes seconds and a mistyped flag should not.
+    from sdpoint_jax.training import loop as training
+    from sdpoint_jax.training import replay  # Late, as JAX takes seconds and a mistyped flag should not.
 
     config, workdir = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
     if flags.FLAGS.replay_step is not None:

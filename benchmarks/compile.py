@@ -25,12 +25,12 @@ import tempfile
 import time
 
 import jax
-import report
-from workload import Setting, Training, preprocess
+from common import report
+from common.workload import Setting, Training, preprocess
 
-from sdpoint_jax import steps
-from sdpoint_jax.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
+from sdpoint_jax.training import step as steps
 
 WAYS = ("naive", "sequential", "concurrent", "cached")
 PRESETS = {

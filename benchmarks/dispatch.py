@@ -10,8 +10,8 @@ import functools
 import random
 
 import jax
-import report
-from workload import Setting, Training
+from common import report
+from common.workload import Setting, Training
 
 from sdpoint_jax.instance import sample_instance
 

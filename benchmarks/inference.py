@@ -9,13 +9,13 @@ with MACs, both over full resolution.
 
 import functools
 
-import report
-from peer import start_peers
+from common import report
+from common.peer import start_peers
+from common.workload import Inference, Setting, sample_instances
 from train_step import against_peers, table
-from workload import Inference, Setting, sample_instances
 
-from sdpoint_jax.cost import count_macs
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.profiling.macs import count_macs
 
 PRESETS = {
     "small": {"nets": "resnet20:32:128", "steps": 3},

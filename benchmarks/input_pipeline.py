@@ -27,7 +27,7 @@ import time
 from concurrent import futures
 
 import numpy as np
-import report
+from common import report
 from PIL import Image
 
 from sdpoint_jax import data

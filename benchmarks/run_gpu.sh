@@ -11,7 +11,7 @@ cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1 XLA_PYTHON_CLIENT_MEM_FRACTION=0.5
-export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 
 declare -A share=([compile]=190 [train_step]=180 [inference]=80 [dispatch]=40 [sweep]=40)
 for benchmark in "${@:-compile train_step inference dispatch sweep}"; do

@@ -12,14 +12,14 @@ import os
 
 import jax
 import numpy as np
-import report
-from workload import Setting, preprocess, random_batch
+from common import report
+from common.workload import Setting, preprocess, random_batch
 
-from sdpoint_jax import steps
-from sdpoint_jax.cost import count_macs, list_layers
-from sdpoint_jax.devices import compiler_options
-from sdpoint_jax.evaluation import Evaluator
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.profiling.macs import count_macs, list_layers
+from sdpoint_jax.programs.devices import compiler_options
+from sdpoint_jax.programs.evaluator import Evaluator
+from sdpoint_jax.training import step as steps
 
 PRESETS = {
     "small": dict(nets="resnet20:32:128", dtype="float32", batches=2, rounds=2, instances=0),

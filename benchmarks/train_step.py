@@ -11,12 +11,12 @@ there from uint8.
 import functools
 import os
 
-import report
-from peer import start_peers
-from workload import Setting, Training, sample_instances
+from common import report
+from common.peer import start_peers
+from common.workload import Setting, Training, sample_instances
 
-from sdpoint_jax.cost import count_macs
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.profiling.macs import count_macs
 
 PRESETS = {
     "small": {"nets": "resnet20:32:128"},

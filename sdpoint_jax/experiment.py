@@ -9,12 +9,13 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from sdpoint_jax import data, steps
+from sdpoint_jax import data
 from sdpoint_jax.config import check_config
-from sdpoint_jax.devices import AXIS, check_batch_size
-from sdpoint_jax.evaluation import Evaluator
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, sample_instance
-from sdpoint_jax.models import ResNet, create_model
+from sdpoint_jax.models.registry import ResNet, create_model
+from sdpoint_jax.programs.devices import AXIS, check_batch_size
+from sdpoint_jax.programs.evaluator import Evaluator
+from sdpoint_jax.training import step as steps
 
 
 def parse_instances(

@@ -3,20 +3,19 @@
 import time
 from collections.abc import Hashable, Iterable, Iterator
 
+import jax
 from tqdm import tqdm
-
-from sdpoint_jax.devices import is_main_host
 
 
 def say(line: str) -> None:
     """Prints a line, above a bar if there is one."""
-    if is_main_host():
+    if jax.process_index() == 0:
         tqdm.write(line)
 
 
 def bar(items: Iterable | None = None, **kwargs) -> tqdm:
     """A progress bar, over `items` or by hand, shown on a terminal only; see `tqdm`."""
-    return tqdm(items, disable=None if is_main_host() else True, dynamic_ncols=True, **kwargs)
+    return tqdm(items, disable=None if jax.process_index() == 0 else True, dynamic_ncols=True, **kwargs)
 
 
 def compile_with_bar(compiled: Iterator[tuple[Hashable, float]], total: int, what: str) -> None:

@@ -15,7 +15,7 @@ from sdpoint_jax.instance import (
     list_instances,
     sample_instance,
 )
-from sdpoint_jax.models import create_model
+from sdpoint_jax.models.registry import create_model
 
 DRAWS = 50_000
 BASIC, BOTTLENECK = "wrn16_4", "resnet50"

@@ -1,61 +1,54 @@
-"""The project's modules import each other in one direction."""
+"""The rooms of the package import each other in one direction, and each keeps to what it is for."""
 
 import ast
 import pathlib
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "sdpoint_jax"
+import pytest
 
-# A module and what it may import; data and models are packages.
+PACKAGE = pathlib.Path(__file__).parents[1] / "sdpoint_jax"
+
+# A room, a module or a folder of the package, and exactly the rooms that it imports; the lowest first.
 IMPORTS = {
     "instance": set(),
-    "data": set(),
-    "files": set(),
-    "checkpoint": {"files"},
-    "program_cache": {"files"},
-    "devices": {"program_cache"},
     "config": set(),
-    "progress": {"devices"},
-    "logs": {"files", "progress"},
-    "interruption": set(),
-    "memory": set(),
-    "command": {"config", "memory"},
-    "models": {"instance"},
-    "cost": {"models", "instance"},
-    "steps": {"instance", "devices"},
-    "evaluation": {"instance", "devices", "steps"},
-    "experiment": {"instance", "models", "data", "devices", "steps", "evaluation", "config"},
-    "starting": {"files", "config", "checkpoint", "experiment", "steps"},
-    "recipe": {"instance", "devices", "steps", "experiment"},
-    "replay": {"devices", "recipe", "starting"},
-    "training": {"config", "devices", "checkpoint", "interruption", "logs", "progress", "recipe", "starting", "steps"},
-    "sweep": {"files", "instance", "cost", "devices", "experiment", "config", "checkpoint", "progress"},
-    "predictor": {"instance", "models", "devices", "steps", "checkpoint"},
-    "torch_import": {"models", "checkpoint", "config"},
+    "progress": set(),
+    "data": set(),
+    "storage": set(),
+    "models": {"instance", "storage"},
+    "programs": {"instance", "storage", "training"},
+    "profiling": {"instance", "models"},
+    "experiment": {"config", "data", "instance", "models", "programs", "training"},
+    "evaluation": {"config", "experiment", "instance", "profiling", "programs", "progress", "storage"},
+    "training": {"config", "experiment", "instance", "programs", "progress", "storage"},
+    "serving": {"instance", "models", "programs", "storage", "training"},
+    "cli": {"config", "programs"},
 }
 
 
+def files_of(room):
+    folder = PACKAGE / room
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+
+
 def imports_of(path):
+    """The modules that a file imports, at its top or inside its functions, with their dots."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "sdpoint_jax":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdpoint_jax."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sdpoint_jax."))
+            yield from (alias.name for alias in node.names)
 
 
-def test_imports_go_one_way():
-    seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if module == "__init__":
-            continue
-        seen.add(module)
-        assert set(imports_of(path)) - {module} <= IMPORTS[module], path
-    assert seen == set(IMPORTS)
+def rooms_imported_by(room):
+    parts = (name.split(".") for path in files_of(room) for name in imports_of(path))
+    return {names[1] for names in parts if names[0] == "sdpoint_jax" and len(names) > 1} - {room}
 
 
-def test_there_is_no_way_round():
-    order = list(IMPORTS)
-    for module, imported in IMPORTS.items():
-        assert all(order.index(other) < order.index(module) for other in imported)
+@pytest.mark.parametrize("room", IMPORTS)
+def test_a_room_imports_just_these(room):
+    assert rooms_imported_by(room) == IMPORTS[room]
+
+
+def test_every_room_is_in_the_table():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert rooms - {"__init__", "__main__"} == set(IMPORTS)

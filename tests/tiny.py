@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpoint_jax.config import default_config
-from sdpoint_jax.models import create_model
-from sdpoint_jax.steps import normalize
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.training.step import normalize
 
 IMAGE_SHAPE = (8, 8, 1)
 preprocess = functools.partial(normalize, mean=(0.3,), std=(0.4,))

@@ -1,0 +1,280 @@
+"""PyTorch weights of the authors' release and of torchvision, as variables of our nets.
+
+    python -m sdpoint_jax.models.torch_import checkpoint.pth.tar --model=preresnet101 --output=runs/preresnet101
+
+Both name their tensors alike: `conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0`, `fc`, and `bn2` for the last
+BatchNorm of a pre-activation net. Pickled files need PyTorch, `.safetensors` files do not.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import Head, ResNet
+from sdpoint_jax.storage import checkpoint
+
+_PICKLED = (".pth.tar", ".pth", ".pt")
+_SAFE = ".safetensors"
+_SAFE_TORCH = "2.6"  # Before, weights_only could be tricked into running code (CVE-2025-32434).
+_DATA_PARALLEL = "module."
+_HEAD = ("fc.weight", "fc.bias")
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+# From PyTorch's axes (OIHW, OI) to ours (HWIO, IO).
+_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+
+
+class _Tensor(NamedTuple):
+    """What one PyTorch tensor has to be, and where it goes."""
+
+    shape: tuple[int, ...]
+    path: tuple[str, ...]
+
+
+def import_torch_state_dict(
+    state_dict: Mapping[str, Any], model: ResNet, *, channels: int = 3, reset_head: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """The variables of `model` with the weights and statistics of a PyTorch state dict.
+
+    Args:
+        state_dict: PyTorch's names to arrays (NumPy's, or PyTorch's tensors) of any float type; a prefix `module.`
+            on all names is dropped, `num_batches_tracked` is ignored.
+        model: the same net here.
+        channels: of the images.
+        reset_head: draw a new classifier instead of importing one, as for another number of classes.
+        seed: of that draw.
+
+    Returns:
+        {"params", "batch_stats"}: nested dicts of float32 NumPy arrays.
+
+    Raises:
+        ValueError: tensors are missing, surplus, of a wrong shape or type, or not finite; names all of them.
+    """
+    state_dict = _without_prefix(state_dict)
+    wanted = torch_tensors(model, channels)
+    features = wanted["fc.weight"].shape[1]
+    if reset_head:
+        wanted = {name: tensor for name, tensor in wanted.items() if name not in _HEAD}
+        state_dict = {name: array for name, array in state_dict.items() if name not in _HEAD}
+    arrays = {name: _float32(state_dict[name]) for name in sorted(wanted) if name in state_dict}
+    if faults := list(_faults(state_dict, wanted, arrays)):
+        raise ValueError(f"the state dict does not fit the net: {'; '.join(faults)}")
+    variables = {
+        tensor.path: np.ascontiguousarray(arrays[name].transpose(_AXES[len(tensor.shape)]))
+        for name, tensor in wanted.items()
+    }
+    if reset_head:
+        variables |= _new_head(model, features, seed)
+    return unflatten_dict(variables)
+
+
+def torch_tensors(model: ResNet, channels: int = 3) -> dict[str, _Tensor]:
+    """PyTorch's name of every variable of `model`, its shape there, and its path in our variables."""
+    side = model.architecture.min_image_size
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    tensors = {}
+    for path, leaf in flatten_dict(variables).items():
+        ours_to_theirs = np.argsort(_AXES[leaf.ndim])
+        shape = tuple(leaf.shape[axis] for axis in ours_to_theirs)
+        tensors[_torch_name(path[1:], model.architecture.depths)] = _Tensor(shape, path)
+    return tensors
+
+
+def _torch_name(path, depths):
+    *parts, layer, leaf = path
+    return f"{_torch_layer(parts[0], layer, depths)}.{_LEAVES[leaf]}"
+
+
+def _torch_layer(part, layer, depths):
+    if part == "stem":
+        return {"conv": "conv1", "norm": "bn1"}[layer]
+    if part == "head":
+        return {"norm": "bn2", "dense": "fc"}[layer]
+    k = int(part.removeprefix("block_"))
+    starts = list(itertools.accumulate(depths, initial=0))
+    stage = next(stage for stage, end in enumerate(starts[1:]) if k <= end)
+    layer = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}.get(layer, layer.replace("norm", "bn"))
+    return f"layer{stage + 1}.{k - starts[stage] - 1}.{layer}"
+
+
+def _without_prefix(state_dict):
+    if not all(name.startswith(_DATA_PARALLEL) for name in state_dict):
+        return dict(state_dict)
+    return {name.removeprefix(_DATA_PARALLEL): array for name, array in state_dict.items()}
+
+
+def _float32(array) -> np.ndarray | None:
+    """`array` as float32; None if it holds no floats."""
+    if hasattr(array, "detach"):  # PyTorch's; NumPy has no bfloat16 to receive it in.
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    array = np.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return None
+    with np.errstate(over="ignore"):  # An overflow is found as infinite.
+        return array.astype(np.float32)
+
+
+def _faults(state_dict, wanted, arrays) -> Iterator[str]:
+    found = {name for name in state_dict if not name.endswith(".num_batches_tracked")}
+    if missing := sorted(wanted.keys() - found):
+        yield f"missing {', '.join(missing)}"
+    if surplus := sorted(found - wanted.keys()):
+        yield f"surplus {', '.join(surplus)}"
+    if untyped := [name for name, array in arrays.items() if array is None]:
+        yield f"not of a float type {', '.join(untyped)}"
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    if misshapen := [name for name, array in arrays.items() if array.shape != wanted[name].shape]:
+        yield "wrong shape " + ", ".join(f"{name} {arrays[name].shape}, not {wanted[name].shape}" for name in misshapen)
+    if _has_other_classes(arrays, wanted):
+        yield "another number of classes is imported only with reset_head (--reset-head), which draws a new classifier"
+    if infinite := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        yield f"not finite {', '.join(infinite)}"
+
+
+def _has_other_classes(arrays, wanted):
+    return (
+        all("fc.bias" in tensors for tensors in (arrays, wanted)) and arrays["fc.bias"].shape != wanted["fc.bias"].shape
+    )
+
+
+def _new_head(model, features, seed):
+    """The paths and arrays of a classifier as the net draws it."""
+    head = Head(model.architecture, model.num_classes, nn.BatchNorm)
+    variables = head.init(jax.random.key(seed), jnp.zeros((1, 1, 1, features)), False)
+    dense = jax.device_get(variables["params"]["dense"])
+    return {("params", "head", "dense", leaf): np.asarray(array) for leaf, array in dense.items()}
+
+
+def read_state_dict(path: str | Path) -> dict[str, Any]:
+    """The tensors in a file, by name; below the key `state_dict` if the file has it.
+
+    Args:
+        path: `.safetensors`, or pickled by PyTorch: `.pth.tar`, `.pth`, `.pt`. A pickled file is read as plain data:
+            one that would run code is refused.
+
+    Raises:
+        ValueError: another ending, a damaged file, one that holds more than plain data or no tensors by name.
+        OSError: the file cannot be opened.
+        ImportError: the library that reads this ending is not installed, or an unsafe version of it.
+    """
+    path = Path(path)
+    with path.open("rb"):
+        pass  # The readers' own errors about missing files vary.
+    if path.name.endswith(_SAFE):
+        content = _read_safetensors(path)
+    elif path.name.endswith(_PICKLED):
+        content = _read_pickled(path)
+    else:
+        raise ValueError(f"{path}: unknown ending; valid are {', '.join((*_PICKLED, _SAFE))}")
+    if isinstance(content, Mapping):
+        content = content.get("state_dict", content)
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path}: holds no state dict, neither by itself nor below the key 'state_dict'")
+    return dict(content)
+
+
+def _read_safetensors(path):
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs safetensors, pip install safetensors") from None
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: no sound safetensors file: {error}") from error
+
+
+def _read_pickled(path):
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(f"{path}: reading it needs PyTorch, pip install torch (or convert to .safetensors)") from None
+    if torch.__version__ < _SAFE_TORCH:
+        raise ImportError(f"PyTorch {torch.__version__}: files are read safely only from {_SAFE_TORCH} on")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Damage shows in many types: pickle's, zipfile's, EOFError, RuntimeError.
+        raise ValueError(f"{path}: damaged, or holds more than plain data; not loaded") from error
+
+
+def import_file(
+    path: str | Path, name: str, *, num_classes: int | None = None, channels: int = 3, reset_head: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Imports a PyTorch file, ready to be saved as a checkpoint.
+
+    Args:
+        path: see `read_state_dict`.
+        name: of the net, for `create_model`.
+        num_classes: as many as in the file by default.
+        channels: of the images.
+        reset_head: see `import_torch_state_dict`.
+
+    Returns:
+        (variables, record): see `import_torch_state_dict`; and the net and the file they belong to, for JSON.
+
+    Raises:
+        ValueError, OSError, ImportError: see the two functions that do it.
+    """
+    state_dict = read_state_dict(path)
+    num_classes = _count_classes(state_dict, path) if num_classes is None else num_classes
+    model = create_model(name, num_classes)
+    variables = import_torch_state_dict(state_dict, model, channels=channels, reset_head=reset_head)
+    source = {"imported_from": Path(path).name, "reset_head": reset_head}
+    record = {"model": {"name": name}, "num_classes": num_classes, "channels": channels, **source}
+    return variables, record
+
+
+def _count_classes(state_dict, path):
+    bias = _without_prefix(state_dict).get("fc.bias")
+    if np.ndim(bias) != 1:
+        raise ValueError(f"{path}: has no vector fc.bias to tell the number of classes, name it (--num-classes)")
+    return len(bias)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def _parser():
+    parser = _Parser(
+        prog="python -m sdpoint_jax.models.torch_import",
+        description="Imports PyTorch weights of the SDPoint release or of torchvision as a checkpoint.",
+    )
+    parser.add_argument("file", type=Path, help=f"ending in one of {', '.join((*_PICKLED, _SAFE))}")
+    parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the checkpoint")
+    parser.add_argument("--num-classes", type=int, help="as many as in the file by default")
+    parser.add_argument("--channels", type=int, default=3, help="of the images, 3 by default")
+    parser.add_argument("--reset-head", action="store_true", help="draw a new classifier instead of importing one")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Imports the file that the command line names; a wrong argument or file exits with 2 and one line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        variables, record = import_file(
+            args.file, args.model, num_classes=args.num_classes, channels=args.channels, reset_head=args.reset_head
+        )
+        checkpoint.save(args.output, variables, record)
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    print(f"imported {args.file} as {args.model} with {record['num_classes']} classes: {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""How programs meet devices: the switch of compiled programs, replicas and shards; all of the project's pmap.
+
+Everything replicated is an ordinary pytree without a device axis; what is sharded has a leading axis of devices. Both
+are global arrays, over the devices of all hosts.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import gc
+import os
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sdpoint_jax.programs import cache as program_cache
+
+AXIS = "devices"
+REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
+
+_ON_CPU = {
+    # Convolutions to Eigen, whose kernel gradients are 2 to 5 times faster than those of YNNPACK, XLA's own choice.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # Less duplication of what comes before a transposition. It also compiles sooner, as does the level.
+    "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
+    "xla_backend_optimization_level": 1,
+}
+
+
+def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
+    """`function` on every device of every host at once; collectives name `AXIS`.
+
+    Args:
+        function: of one device's part of its arguments.
+        in_axes: `REPLICATED` or `SHARDED` for each argument.
+        out_axes: likewise for each output.
+        donate: which arguments' memory the outputs may take.
+
+    Returns:
+        compile(*shapes): from the arguments' shapes, over all devices, to the compiled program.
+    """
+    mapped = jax.pmap(
+        function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate, devices=jax.devices()
+    )
+
+    def compile_from(*shapes):
+        if jax.process_count() > 1:  # There, pmap traces from arrays alone.
+            specs = [PartitionSpec(AXIS) if axis == SHARDED else PartitionSpec() for axis in in_axes]
+            shapes = [jax.tree.map(functools.partial(_zeros, spec), shape) for spec, shape in zip(specs, shapes)]
+        options = compiler_options()
+        what = (function, in_axes, out_axes, donate, shapes, options)
+        return program_cache.fetch(what, lambda: mapped.lower(*shapes).compile(options))
+
+    return compile_from
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """What to ask of XLA for every program: on a CPU, other choices than its own; elsewhere nothing.
+
+    A flag that stands in XLA_FLAGS, or that this XLA does not know, is left out.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    given = os.environ.get("XLA_FLAGS", "")
+    return {flag: value for flag, value in _ON_CPU.items() if flag not in given and _is_known(flag, value)}
+
+
+def _is_known(flag, value):
+    try:
+        jax.jit(lambda: 0).lower().compile({flag: value})
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def replicate(tree):
+    """Puts a host pytree, the same on every host, on every device."""
+    return _place(tree, PartitionSpec())
+
+
+def shard(batch: Mapping[str, np.ndarray]):
+    """Splits this host's share of a batch, arrays [b, ...], over its devices: [devices, b / local devices, ...]."""
+    devices = jax.local_device_count()
+    split = {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
+    return _place(split, PartitionSpec(AXIS))
+
+
+def prefetch(batches: Iterable[Mapping[str, np.ndarray]], size: int = 2) -> Iterator[Any]:
+    """Shards batches `size` ahead of their use, so that the transfer runs beside the computation."""
+    ahead = collections.deque()
+    for batch in batches:
+        ahead.append(shard(batch))
+        if len(ahead) > size:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def is_main_host() -> bool:
+    """Whether this process is the one that writes files and reports."""
+    return jax.process_index() == 0
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError unless the global batch divides evenly over all devices."""
+    devices = jax.device_count()
+    if batch_size < 1 or batch_size % devices:
+        sizes = sorted({batch_size // devices * devices, -(-max(batch_size, 1) // devices) * devices} - {0})
+        nearest = " or ".join(map(str, sizes))
+        raise ValueError(f"batch size {batch_size} does not divide over {devices} devices; the nearest is {nearest}")
+
+
+def shapes_of(tree):
+    """The ShapeDtypeStructs of a pytree of arrays, which is what programs are compiled from."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
+
+
+def _place(tree, spec):
+    sharding = _sharding(spec)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def _zeros(spec, shape):
+    sharding = _sharding(spec)
+    zeros = np.zeros(sharding.shard_shape(shape.shape), shape.dtype)
+    return jax.make_array_from_callback(shape.shape, sharding, lambda _: zeros)
+
+
+def _sharding(spec):
+    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), spec)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection():
+    """Tracing makes so many objects, none of them garbage, that looking for garbage takes a third of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class Switch:
+    """Compiled programs looked up by a static key, as the SDPoint instance: each key is traced and compiled once.
+
+    `switch[key]` compiles on first use; `compile` ahead of time. Programs are built from shapes: compiling needs
+    neither data nor state.
+    """
+
+    def __init__(self, build: Callable[[Hashable], Callable], shapes: Callable[[Hashable], tuple]):
+        """`build(key)` is what `parallel` makes of a key's function; `shapes(key)` are its arguments' shapes."""
+        self._build, self._shapes = build, shapes
+        self._programs = {}
+        # Many programs in flight on several CPU devices of one process deadlock in their collectives.
+        self._wait = jax.default_backend() == "cpu" and jax.device_count() > 1
+
+    def __getitem__(self, key: Hashable) -> Callable:
+        if key not in self._programs:
+            self._compile(key)
+        program = self._programs[key]
+        return (lambda *args: jax.block_until_ready(program(*args))) if self._wait else program
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def compile(self, keys: Iterable[Hashable], workers: int) -> Iterator[tuple[Hashable, float]]:
+        """Compiles what is missing in `workers` threads, as XLA releases the lock; yields (key, seconds) of each."""
+        with _no_garbage_collection(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            tasks = [pool.submit(self._compile, key) for key in keys if key not in self._programs]
+            try:
+                for task in concurrent.futures.as_completed(tasks):
+                    yield task.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _compile(self, key):
+        start = time.perf_counter()
+        self._programs[key] = self._build(key)(*self._shapes(key))
+        return key, time.perf_counter() - start

@@ -1,0 +1,174 @@
+"""Costs counted from shapes are those of the published tables, and of what the nets really do."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import Architecture, ResNet
+from sdpoint_jax.profiling import macs as cost
+from sdpoint_jax.profiling.macs import Cost, LayerCost, count_cost, count_macs, list_layers
+
+# torchvision's published figures at 224 x 224 for 1000 classes: billions of multiply-accumulates, parameters.
+TORCHVISION = {
+    "resnet18": (1.814, 11_689_512),
+    "resnet34": (3.664, 21_797_672),
+    "resnet50": (4.089, 25_557_032),
+    "resnet101": (7.801, 44_549_160),
+    "resnet152": (11.514, 60_192_808),
+    "resnext50_32x4d": (4.230, 25_028_904),
+}
+NETS = [
+    ResNet(Architecture((2, 1), 8, 8, stem=8, imagenet_stem=False), 5),
+    ResNet(Architecture((1, 2), 8, 16, preactivation=True, stem=8, imagenet_stem=False), 5),
+    ResNet(Architecture((2, 1, 1), 8, 16, bottleneck=True, stem=8, groups=2), 5),
+    ResNet(Architecture((1, 2), 8, 16, bottleneck=True, preactivation=True, stem=8), 5),
+]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_full_resolution_costs_what_torchvision_publishes(name):
+    giga_macs, params = TORCHVISION[name]
+    counted = count_cost(create_model(name, num_classes=1000), FULL_RESOLUTION, 224)
+    assert round(counted.macs / 1e9, 3) == giga_macs
+    assert counted.params == params
+    assert counted.flops == 2 * counted.macs
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_a_preresnet_costs_what_the_resnet_of_its_depth_does(depth):
+    post, pre = (
+        count_cost(create_model(f"{family}{depth}", 1000), FULL_RESOLUTION, 224) for family in ("resnet", "preresnet")
+    )
+    assert pre.macs == post.macs and pre.activations == post.activations
+    # First BatchNorms normalise the block's input; one more stands before the head. Few of 10 to 60 million.
+    assert abs(pre.params - post.params) < 5000
+
+
+def test_resnet50_has_the_activations_of_the_regnet_paper():
+    # Radosavovic et al. 2020, table 2: 11.1 million for ResNet-50.
+    counted = count_cost(create_model("resnet50", 1000), FULL_RESOLUTION, 224)
+    assert round(counted.activations / 1e6, 1) == 11.1
+    assert counted.activation_bytes() == 4 * counted.activations
+    assert counted.activation_bytes(jnp.bfloat16) == counted.activation_bytes("bfloat16") == 2 * counted.activations
+
+
+@pytest.mark.parametrize("size, channels", [((32, 32), 3), ((37, 51), 1)])
+@pytest.mark.parametrize("model", NETS)
+def test_the_count_is_what_the_net_does_for_every_instance(model, size, channels):
+    for instance in model.instances(ratios=(0.3, 0.5, 0.75)):
+        layers = {layer.name: layer for layer in list_layers(model, instance, size, channels)}
+        assert layers == _traced_layers(model, instance, size, channels), instance.name
+        traced = [layer[2:] for layer in layers.values()]
+        assert count_cost(model, instance, size, channels) == Cost(*map(sum, zip(*traced)))
+
+
+def _traced_layers(model, instance, size, channels):
+    """The layers with parameters that a forward pass calls, by name, with what their shapes cost."""
+    layers = {}
+
+    def record(next_function, args, kwargs, context):
+        output = next_function(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(context.module, (nn.Conv, nn.Dense, nn.BatchNorm)):
+            name = "/".join(context.module.path)
+            layers[name] = _layer_cost(name, context.module, output)
+        return output
+
+    images = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
+    with nn.intercept_methods(record):
+        init = functools.partial(model.init, instance=instance, train=False)
+        jax.eval_shape(init, jax.random.key(0), images)
+    return layers
+
+
+def _layer_cost(name, module, output):
+    shape = (1, 1, *output.shape[1:])[-3:]
+    params = sum(leaf.size for leaf in jax.tree.leaves(module.variables["params"]))
+    if isinstance(module, nn.BatchNorm):
+        return LayerCost(name, shape, 0, params, 0)
+    kernel = module.variables["params"]["kernel"]
+    return LayerCost(name, shape, shape[0] * shape[1] * kernel.size, params, output.size)
+
+
+@pytest.mark.parametrize("name, size", [("resnet50", 224), ("preresnet20", 32)])
+def test_a_downsampled_instance_costs_less_than_full_resolution(name, size):
+    model = create_model(name, 1000)
+    full = count_macs(model, FULL_RESOLUTION, size)
+    macs = {instance: count_macs(model, instance, size) for instance in model.instances()[1:]}
+    last = {instance for instance in macs if instance.point == model.num_blocks}
+    # After the last block only the head is left, whose MACs do not depend on the resolution.
+    assert {instance for instance in macs if macs[instance] == full} == last
+    assert all(count < full for instance, count in macs.items() if instance not in last)
+    halved = [count for instance, count in macs.items() if instance.ratio == 0.5]
+    assert halved == sorted(halved)
+
+
+def test_a_stem_instance_costs_what_its_shapes_say():
+    # Stem 112 x 112, its max-pool to 28 instead of 56: all blocks at a quarter of the cells.
+    layers = list_layers(create_model("resnet18", 1000), SDPointInstance(STEM, 0.5), 224)
+    full = list_layers(create_model("resnet18", 1000), FULL_RESOLUTION, 224)
+    assert layers[0] == full[0] == LayerCost("stem/conv", (112, 112, 64), 112 * 112 * 49 * 3 * 64, 9408, 112 * 112 * 64)
+    by_name = {layer.name: layer for layer in layers}
+    assert by_name["block_01/conv1"].output == (28, 28, 64)
+    assert by_name["block_08/conv2"].output == (4, 4, 512)
+
+
+@pytest.mark.parametrize(
+    "instance, size, channels, message",
+    [
+        (SDPointInstance(9, 0.5), 224, 3, "p09_r0.50: the net has no point 9"),
+        (FULL_RESOLUTION, 31, 3, "image size 31x31: too small"),
+        (FULL_RESOLUTION, (224, 8), 3, "image size 224x8: too small"),
+        (FULL_RESOLUTION, 224, 0, "channels 0: at least 1"),
+    ],
+)
+def test_what_the_net_cannot_run_has_no_cost(instance, size, channels, message):
+    with pytest.raises(ValueError, match=message):
+        count_macs(create_model("resnet18", 10), instance, size, channels)
+
+
+def test_the_command_prints_every_instance_with_its_relative_cost(capsys):
+    cost.main(["--model=resnet50", "--image-size=224", "--ratios=0.5"])
+    header, *rows, footer = capsys.readouterr().out.splitlines()
+    model = create_model("resnet50", 1000)
+    instances = model.instances((0.5,))
+    assert [row.split()[0] for row in rows] == [instance.name for instance in instances]
+    assert rows[0].split()[1:4] == ["4.0892", "8.1784", "100.0%"]
+    full = count_macs(model, FULL_RESOLUTION, 224)
+    relative = [f"{count_macs(model, instance, 224) / full:.1%}" for instance in instances]
+    assert [row.split()[3] for row in rows] == relative
+    assert "25,557,032 parameters" in footer
+
+
+def test_the_command_lists_the_layers_of_an_instance(capsys):
+    arguments = ["--model=preresnet20", "--image-size=32x28", "--channels=1", "--num-classes=10", "--layers=p03_r0.50"]
+    cost.main(arguments)
+    rows = capsys.readouterr().out.splitlines()
+    model, instance = create_model("preresnet20", 10), SDPointInstance(3, 0.5)
+    assert [row.split()[0] for row in rows[1:-1]] == [layer.name for layer in list_layers(model, instance, 32)]
+    assert re.findall(r"[0-9,]+", rows[-1])[0] == f"{count_macs(model, instance, (32, 28), 1):,}"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model=resnet51", "--image-size=224"], "model 'resnet51': known are"),
+        (["--model=resnet50", "--image-size=big"], "'big': valid are a side, 224, or"),
+        (["--model=resnet50", "--image-size=16"], "image size 16x16: too small"),
+        (["--model=resnet50", "--image-size=224", "--ratios=1.5"], "ratio 1.5"),
+        (["--model=resnet50", "--image-size=224", "--ratios=half"], "'half': valid are numbers"),
+        (["--model=resnet50", "--image-size=224", "--layers=p17_r0.50"], "p17_r0.50: the net has no point 17"),
+        (["--model=resnet50"], "required: --image-size"),
+    ],
+)
+def test_a_wrong_argument_of_the_command_is_one_line_and_an_exit_code(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cost.main(arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1

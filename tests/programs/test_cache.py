@@ -1,0 +1,202 @@
+"""Programs on disk are found again by what they compute, and by nothing less."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.programs import cache as program_cache
+from sdpoint_jax.training import step as steps
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# One step of one instance; prints how many programs JAX lowered, and a sum over all results.
+STEP = """
+import functools, json, sys, jax, numpy as np
+from sdpoint_jax.programs import devices, evaluator as evaluation
+from sdpoint_jax.training import step as steps
+from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models.resnet import Architecture, ResNet
+
+model = ResNet(Architecture((1,), 4, 4, preactivation=True, stem=4, imagenet_stem=False), 10)
+preprocess = functools.partial(steps.normalize, mean=(0.5,), std=(0.25,))
+shape, rng = (8, 8, 1), np.random.default_rng(0)
+images = rng.integers(0, 256, (4, *shape), np.uint8)
+batch = devices.shard({"images": images, "labels": np.arange(4, dtype=np.int32)})
+control = devices.shard({"control": np.zeros((jax.local_device_count(), 2), np.int32)})["control"]
+optimizer, instance = steps.sgd(0.9, False, 0.0), SDPointInstance(1, float(sys.argv[1]))
+state = steps.create_state(model, optimizer, 0, shape)
+params, _ = devices.replicate(state.params), devices.compiler_options()
+lowered = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: lowered.append(event) if event.startswith("/jax/core/compile/jaxpr_to_mlir") else None
+)
+programs = steps.TrainPrograms(
+    state, control, batch, model=model, optimizer=optimizer, schedule=lambda _: 0.1, preprocess=preprocess
+)
+gradients, metrics = programs.gradients(instance)(params, control, batch)
+evaluator = evaluation.Evaluator(model, [instance], image_shape=shape, batch_size=4, preprocess=preprocess)
+statistics = evaluator.reestimate(state.params, [{"images": images}])
+total = float(sum(np.abs(x).astype(np.float64).sum() for x in jax.tree.leaves((jax.device_get(gradients), statistics))))
+print(json.dumps([len(lowered), total]))
+"""
+
+
+def run(cache, ratio=0.5, root=ROOT, **environment):
+    command = [sys.executable, "-c", STEP, str(ratio)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+        | environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lowered, total = json.loads(done.stdout.splitlines()[-1])
+    return lowered, total, done.stderr
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A cache folder after a first run, and what that run found."""
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, run(cache)
+
+
+def kept(cache):
+    return sorted((cache / "sdpoint_jax").glob("*"))
+
+
+def test_the_next_start_loads_the_same_programs_and_traces_nothing(first):
+    cache, (lowered, total, errors) = first
+    assert lowered == 4 and len(kept(cache)) == 4 and not errors
+    assert run(cache) == (0, total, "")
+
+
+def test_of_another_instance_only_what_is_its_own_is_compiled(first, tmp_path):
+    shutil.copytree(first[0], tmp_path, dirs_exist_ok=True)
+    assert run(tmp_path, ratio=0.75)[0] == 2  # Its gradients and its suffix; the trunk is that of the first.
+    assert len(kept(tmp_path)) == len(kept(first[0])) + 2
+
+
+def test_other_sources_are_other_programs(first, tmp_path):
+    shutil.copytree(first[0], tmp_path / "cache")
+    shutil.copytree(ROOT / "sdpoint_jax", tmp_path / "sdpoint_jax")
+    with (tmp_path / "sdpoint_jax" / "instance.py").open("a") as file:
+        file.write("# The same, but who knows?\n")
+    assert run(tmp_path / "cache", root=tmp_path) == first[1]
+
+
+def test_what_jax_had_is_not_kept(first, tmp_path):
+    cache, (_, total, _) = first
+    (cache / "sdpoint_jax").rename(tmp_path / "aside")
+    assert run(cache) == (4, total, "")
+    assert not kept(cache)
+    (tmp_path / "aside").rename(cache / "sdpoint_jax")
+
+
+def test_a_damaged_program_is_compiled_anew(first, tmp_path):
+    shutil.copytree(first[0] / "sdpoint_jax", tmp_path / "sdpoint_jax")
+    sound = {path: path.read_bytes() for path in kept(tmp_path)}
+    for path, content in sound.items():
+        path.write_bytes(content[: len(content) // 2])
+    lowered, total, errors = run(tmp_path)
+    assert (lowered, total) == first[1][:2]
+    assert "compiled anew" in errors and str(tmp_path) in errors
+    assert all(path.stat().st_size > len(sound[path]) / 2 for path in sound)
+    assert run(tmp_path) == (0, total, "")
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_the_cache(first, tmp_path):
+    (tmp_path / "sdpoint_jax").write_text("in the way")
+    lowered, total, errors = run(tmp_path)
+    assert (lowered, total) == first[1][:2]
+    assert errors.count("cannot be kept") == 1 and str(tmp_path) in errors  # Once, not for each program.
+
+
+def test_without_jaxs_cache_there_is_none(first, tmp_path):
+    assert run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")[1] == first[1][1]
+    assert not list(tmp_path.iterdir())
+
+
+def gradient(instance=FULL_RESOLUTION, model="resnet20", mean=0.5, smoothing=0.0, **kwargs):
+    return functools.partial(
+        steps.gradient_step,
+        instance=instance,
+        model=create_model(model, 10, **kwargs),
+        preprocess=functools.partial(steps.normalize, mean=(mean,), std=(1.0,)),
+        label_smoothing=smoothing,
+    )
+
+
+def test_all_that_differs_is_described():
+    shapes = [jax.ShapeDtypeStruct((2,), dtype) for dtype in (np.float32, np.int32, jnp.bfloat16)]
+    different = [
+        gradient(),
+        *(gradient(instance) for instance in create_model("resnet20", 10).instances()[1:]),
+        gradient(model="preresnet20"),
+        gradient(mean=0.25),
+        gradient(smoothing=0.1),
+        gradient(dtype="bfloat16"),
+        gradient(axis_name="devices"),
+        gradient(remat=True),
+        gradient(norm_momentum=0.0),
+        *shapes,
+        *((gradient(), shape) for shape in shapes),
+        {"a": 1},
+        {"b": 1},
+        {"a": 1.0},
+        {"a": True},
+        {"a": "1"},
+        ("a", 1),
+        (("a",), 1),
+        None,
+        "None",
+    ]
+    assert len({program_cache.describe(what) for what in different}) == len(different)
+    assert program_cache.describe(gradient()) == program_cache.describe(gradient())
+    assert program_cache.describe(SDPointInstance(1, 0.5)) != program_cache.describe(SDPointInstance(2, 0.5))
+
+
+def test_settings_of_jax_are_part_of_the_name():
+    path = program_cache._path(gradient())
+    with jax.default_matmul_precision("highest"):
+        assert program_cache._path(gradient()) != path
+    assert program_cache._path(gradient()) == path is not None
+
+
+class OtherNet(ResNet):
+    """Of the same fields as ours."""
+
+
+NOT_COVERED = {
+    "function of another package": gradient,
+    "lambda": lambda x: x,
+    "partial of another package": functools.partial(steps.normalize, mean=gradient),
+    "net of another package": OtherNet(create_model("resnet20", 10).architecture, 10),
+    "class of another package": OtherNet,
+    "class": ResNet,
+    "NumPy array": np.ones(2),
+    "JAX array": jnp.ones(2),
+    "object": object(),
+    "set": {1, 2},
+    "optimizer, a tuple of functions inside others": steps.sgd(0.9, False, 0.0),
+}
+
+
+@pytest.mark.parametrize("code", NOT_COVERED.values(), ids=NOT_COVERED)
+def test_what_the_digest_does_not_cover_is_not_described(code):
+    with pytest.raises(TypeError, match="no description"):
+        program_cache.describe({"part": (code,)})

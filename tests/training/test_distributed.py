@@ -1,0 +1,106 @@
+"""Several processes, as on the hosts of a pod, give what one gives."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import pytest
+
+from sdpoint_jax.storage import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+OVERRIDES = (
+    "--config.model.name=wrn10_1",
+    "--config.dataset.image_size=8,8",
+    "--config.instances=full,p01_r0.50",
+    "--config.validation_instances=full",
+    "--config.batch_size=40",
+    "--config.num_epochs=1.0",
+    "--config.warmup_epochs=0.0",
+    "--config.learning_rate=0.0001",  # So low that rounding, which sums in another order, does not grow.
+    "--config.reestimate_batches=2",
+    "--config.checkpoint_every_steps=5",
+)
+
+
+def start(workdir, processes, devices, *flags):
+    """Starts train.py in so many processes of so many devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    started = []
+    for index in range(processes):
+        distributed = (f"--coordinator={coordinator}", f"--num_processes={processes}", f"--process_id={index}")
+        command = [sys.executable, "train.py", f"--workdir={workdir}", *OVERRIDES, *flags]
+        command += distributed if processes > 1 else ()
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    return started
+
+
+def finish(started, code=0):
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), "\n".join(outputs)
+    return outputs
+
+
+def params_of(workdir):
+    _, arrays, _ = checkpoint.newest(workdir / "checkpoints")
+    return arrays["params"]
+
+
+def wait_for(step, started, workdir):
+    """Until there is a checkpoint of that step or a later one."""
+    while max([0, *checkpoint.list_steps(workdir / "checkpoints")]) < step:
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.02)
+
+
+def stop_after(step, started, workdir):
+    """Stops a run by a signal to any one of its processes; returns the step that all of them name."""
+    wait_for(step, started, workdir)
+    started[-1].send_signal(signal.SIGTERM)
+    outputs = finish(started, code=75)
+    stopped_at, _, _ = checkpoint.newest(workdir / "checkpoints")
+    assert step <= stopped_at < 30
+    assert all(f"stopped after step {stopped_at} of 30" in output for output in outputs)
+    return stopped_at
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0])  # The one that coordinates.
+def test_a_process_that_dies_ends_the_others(tmp_path, dies):
+    started = start(tmp_path, 2, 1, "--config.num_epochs=50.0", "--heartbeat_seconds=10")
+    wait_for(10, started, tmp_path)
+    started[dies].kill()
+    output, _ = started[1 - dies].communicate(timeout=120)
+    assert started[1 - dies].returncode not in (0, 75) and "error" in output.lower()
+    assert "Traceback" not in output
+    started[dies].communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = start(one, 1, 4)
+    finish(alone)
+
+    stopped_at = stop_after(5, start(two, 2, 2), two)
+    stop_after(stopped_at + 5, start(two, 1, 4), two)
+    first, second = finish(start(two, 2, 2))
+    assert "top-1" in first and "continuing after" not in second
+
+    chex.assert_trees_all_close(params_of(one), params_of(two), atol=1e-6, rtol=0)
+    rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one, two)]
+    drawn = [[(row["step"], row.get("instance")) for row in log] for log in rows]
+    assert drawn[0] == drawn[1]

@@ -1,0 +1,389 @@
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from sdpoint_jax.config import default_config
+from sdpoint_jax.instance import SDPointInstance, sample_instance
+from sdpoint_jax.storage import checkpoint
+from sdpoint_jax.training import logs, replay
+from sdpoint_jax.training import loop as training
+from sdpoint_jax.training import plan as recipe
+from sdpoint_jax.training.stop import WorkdirLock
+
+TOTAL_STEPS = 30  # round(1197 / 40)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, training.train(tiny.config(), workdir)
+
+
+def test_each_step_is_logged_once_with_its_instance(finished):
+    workdir, _ = finished
+    steps = [row for row in rows(workdir) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(TOTAL_STEPS))
+    instances = [SDPointInstance.from_name(name) for name in ("full", "p01_r0.50", "p02_r0.75")]
+    assert [row["instance"] for row in steps] == [
+        sample_instance(0, step, instances).name for step in range(TOTAL_STEPS)
+    ]
+    assert np.mean([row["loss"] for row in steps[-5:]]) < np.mean([row["loss"] for row in steps[:5]]) - 0.1
+
+
+def test_validation_is_of_named_instances(finished):
+    workdir, results = finished
+    assert set(results) == {"full", "p01_r0.50"}
+    assert all(found["count"] == 200 for found in results.values())
+    assert rows(workdir)[-1] == {"step": TOTAL_STEPS - 1, "validation": results}
+
+
+def test_the_checkpoint_holds_all_that_is_needed(finished):
+    workdir, results = finished
+    step, arrays, record = checkpoint.newest(workdir / "checkpoints")
+    assert step == arrays["step"] == record["step"] == TOTAL_STEPS
+    assert record["examples_seen"] == TOTAL_STEPS * 40 and record["validation"] == results
+    assert record["class_names"] == list("0123456789") and record["config"]["model"]["name"] == "wrn10_1"
+    assert "batch_stats" not in arrays  # Statistics are of an instance, and re-estimated.
+    assert any(path.name.startswith("events") for path in (workdir / "tensorboard").iterdir())
+
+
+def test_the_same_command_again_changes_nothing(finished, capsys):
+    workdir, results = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert training.train(tiny.config(), workdir) == results
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert "continuing after step 30 of 30" in capsys.readouterr().out
+
+
+class StopAfter(threading.Thread):
+    """Sends SIGTERM once the log has so many rows."""
+
+    def __init__(self, workdir, step):
+        super().__init__(daemon=True)
+        self._path, self._step = workdir / "checkpoints" / str(step), step
+
+    def run(self):
+        while not self._path.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path):
+    whole, _ = finished
+    StopAfter(tmp_path, 10).start()
+    with pytest.raises(training.Interrupted, match=r"stopped after step \d+ of 30"):
+        training.train(tiny.config(), tmp_path)
+    stopped_at, _, _ = checkpoint.newest(tmp_path / "checkpoints")
+    assert 10 < stopped_at < TOTAL_STEPS
+    with (tmp_path / "metrics.jsonl").open("a") as log:  # As left by a run that was killed later than it saved.
+        log.write(json.dumps({"step": stopped_at, "loss": 0}) + '\n{"step": 99')
+    training.train(tiny.config(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, whole))
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_a_fixed_instance_trains_without_sdpoint(tmp_path):
+    training.train(tiny.config(instances="full", num_epochs=0.1, validation_instances="auto"), tmp_path)
+    assert {row["instance"] for row in rows(tmp_path) if "loss" in row} == {"full"}
+    assert set(rows(tmp_path)[-1]["validation"]) == {"full"}
+
+
+def test_parameters_can_come_from_another_run(finished, tmp_path):
+    config = tiny.config(init_from=str(finished[0]), num_epochs=0.05, learning_rate=1e-9, weight_decay=0.0)
+    training.train(config, tmp_path)
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1]["params"] for path in (tmp_path, finished[0]))
+    chex.assert_trees_all_close(ours, theirs, atol=1e-6)
+
+
+def test_parameters_that_do_not_fit_are_named(finished, tmp_path):
+    config = tiny.config(init_from=str(finished[0]))
+    config.model.name = "wrn10_2"
+    with pytest.raises(ValueError, match=r"does not fit wrn10_2 .*: block_01/conv1/kernel \(3, 3, 16, 16\), needs"):
+        training.train(config, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it(tmp_path):
+    config = tiny.config(learning_rate=1e30, num_epochs=0.3)
+    with pytest.raises(
+        training.NonFiniteError, match=r"not finite: step (\d+), instance \S+, training examples"
+    ) as error:
+        training.train(config, tmp_path)
+    step, arrays, _ = checkpoint.newest(tmp_path / "checkpoints")
+    assert f"step {step}," in str(error.value) and arrays["step"] == step
+    assert rows(tmp_path)[-1]["step"] == step - 1
+    assert all(np.isfinite(value).all() for value in arrays["params"]["stem"]["conv"].values())
+
+
+def test_a_step_that_is_not_finite_can_be_replayed_alone(tmp_path):
+    config = tiny.config(learning_rate=1e30, num_epochs=0.3)
+    with pytest.raises(training.NonFiniteError, match=r"--replay_step=\d+ shows") as error:
+        training.train(config, tmp_path)
+    step = checkpoint.list_steps(tmp_path / "checkpoints")[0]
+    files = sorted(tmp_path.rglob("*"))
+    report = replay.replay(config, tmp_path, step)
+    assert str(error.value).split(": ")[1] in report.splitlines()[0]  # The same step, instance and examples.
+    assert "head/dense/kernel: 640 of 640 gradients not finite" in report
+    assert re.search(r"not finite in [1-9]\d* of \d+ arrays$", report)
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_skipped_steps_are_counted_across_restarts(tmp_path, capsys):
+    config = tiny.config(learning_rate=1e30, num_epochs=0.3, on_nonfinite="skip", checkpoint_every_steps=4)
+    StopAfter(tmp_path, 4).start()
+    with pytest.raises(training.Interrupted):
+        training.train(config, tmp_path)
+    training.train(config, tmp_path)
+    counts = [row["skipped"] for row in rows(tmp_path) if "skipped" in row]
+    assert counts == list(range(1, len(counts) + 1)) and len(counts) >= 5
+    assert f"skipped {len(counts)} of 9 steps" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_are_moved_aside_and_the_run_ends_as_any_other(finished, tmp_path, capsys):
+    whole, _ = finished
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damaged = tmp_path / "checkpoints" / "30" / "record" / "metadata"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    training.train(tiny.config(), tmp_path)
+    assert "skipping a damaged checkpoint" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"20", "30", "30.damaged"}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, whole))
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_the_checkpoints_best_by_the_metric_of_an_instance_are_kept(tmp_path):
+    config = tiny.config(
+        validate_every_epochs=0.2, checkpoint_every_steps=100, keep_checkpoints=1, keep_best_checkpoints=2
+    )
+    config.best_metric = "p01_r0.50/loss"
+    training.train(config, tmp_path)
+    validations = [row for row in rows(tmp_path) if "validation" in row]
+    assert len(validations) == 5
+    by_loss = sorted(validations, key=lambda row: row["validation"]["p01_r0.50"]["loss"])
+    kept = {row["step"] + 1 for row in by_loss[:2]} | {TOTAL_STEPS}
+    assert set(checkpoint.list_steps(tmp_path / "checkpoints")) == kept
+
+
+def test_checkpoints_are_saved_as_minutes_go_by(tmp_path):
+    config = tiny.config(num_epochs=0.3, checkpoint_every_steps=100, checkpoint_every_minutes=1e-9, keep_checkpoints=9)
+    training.train(config, tmp_path)
+    assert len(checkpoint.list_steps(tmp_path / "checkpoints")) > 1
+
+
+def test_a_validation_that_is_interrupted_is_made_up_for(finished, tmp_path, monkeypatch):
+    whole, results = finished
+    validate = training.Trainer._validate
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_validate", interrupted)
+        with pytest.raises(training.Interrupted, match="stopped after step 30 of 30"):
+            training.train(tiny.config(), tmp_path)
+    assert not any("validation" in row for row in rows(tmp_path))
+    assert training.train(tiny.config(), tmp_path) == results
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert checkpoint.newest(tmp_path / "checkpoints")[2]["validation"] == results
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A function that makes a folder on a disk of that many MiB."""
+    with contextlib.ExitStack() as stack:
+
+        def mount(mebibytes):
+            made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(tmp_path)])
+            if made.returncode:
+                pytest.skip("needs the right to mount a tmpfs")
+            stack.callback(subprocess.run, ["umount", "-l", str(tmp_path)], check=True)
+            return tmp_path
+
+        yield mount
+
+
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads.
+def test_a_disk_that_fills_up_leaves_the_checkpoints_sound(full_disk):
+    workdir = full_disk(8)
+    with pytest.raises(training.Interrupted):
+        StopAfter(workdir, 10).start()
+        training.train(tiny.config(), workdir)
+    step, arrays, _ = checkpoint.newest(workdir / "checkpoints")
+    fill(workdir)
+    with pytest.raises(OSError, match=f"^{workdir}/.*: could not be written: No space left on device"):
+        training.train(tiny.config(), workdir)
+    (workdir / "filling").unlink()
+    with pytest.raises(OSError, match=f"^{workdir}/checkpoints/40: could not be saved: no space left on device"):
+        checkpoint.save(workdir / "checkpoints" / "40", {"params": {"x": np.random.RandomState(0).randn(2**21)}}, {})
+    found, again, _ = checkpoint.newest(workdir / "checkpoints")
+    assert found == step
+    chex.assert_trees_all_equal(arrays, again)
+    assert training.train(tiny.config(), workdir)
+
+
+class FullAfter:
+    """A file that takes so many bytes."""
+
+    def __init__(self, file, room):
+        self._file, self._room = file, room
+
+    def write(self, text):
+        self._room -= len(text)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_unless_told_otherwise(tmp_path, monkeypatch, capsys):
+    attach = logs.RunLog._open
+
+    def attach_full(self, *args):
+        attach(self, *args)
+        self._file = FullAfter(self._file, 500)
+
+    monkeypatch.setattr(logs.RunLog, "_open", attach_full)
+    config = tiny.config(num_epochs=0.3, checkpoint_every_steps=2)
+    message = f"{tmp_path}: cannot write the log: No space left on device"
+    with pytest.raises(OSError, match=message + " .config.on_log_error=continue"):
+        training.train(config, tmp_path)
+    step, _, _ = checkpoint.newest(tmp_path / "checkpoints")
+    assert 0 < step < 9
+    assert training.train(tiny.config(num_epochs=0.3, on_log_error="continue"), tmp_path)
+    assert f"{message}; training goes on without it" in capsys.readouterr().out
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] == 9
+
+
+def test_a_file_of_a_checkpoint_or_a_workdir_cannot_be_written_where_all_is_read_only(finished, full_disk):
+    workdir = full_disk(8)
+    shutil.copytree(finished[0], workdir / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(workdir)], check=True)
+    with pytest.raises(OSError, match=f"Read-only file system: '{workdir}/run/lock'"):
+        training.train(tiny.config(), workdir / "run")
+    with pytest.raises(OSError, match=f"^{workdir}/run/x: could not be saved: read-only file system"):
+        checkpoint.save(workdir / "run" / "x", {"a": np.zeros(1)}, {})
+    assert checkpoint.newest(workdir / "run" / "checkpoints")[0] == TOTAL_STEPS
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_one_that_was_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
+    import soak
+
+    lines = []
+    settings = {"num_epochs": 1.0, "keep_best_checkpoints": 1}
+    assert soak.soak(tmp_path, 4, seed=1, settings=settings, say=lines.append).total() == 4
+    assert all("0 differences" in line for line in lines[1:])
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    with pytest.raises(ValueError, match="holds a run of another config .there, here.: learning_rate: 0.1, 0.2"):
+        training.train(tiny.config(learning_rate=0.2), finished[0])
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
+    with (
+        WorkdirLock(tmp_path),
+        pytest.raises(ValueError, match=f"{tmp_path}: in use by another run .process {os.getpid()}"),
+    ):
+        training.train(tiny.config(), tmp_path)
+    with WorkdirLock(tmp_path):
+        pass  # Free again.
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    code = """if True:
+        import signal
+        from sdpoint_jax.training.stop import StopSignals
+        with StopSignals() as signals:
+            signals.unsaved = True
+            signal.raise_signal(signal.SIGINT)
+            print(signals.received, flush=True)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                print("still here")
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "True\n")
+
+
+def test_a_stop_before_there_is_anything_to_save_ends_the_process_at_once():
+    code = """if True:
+        import signal
+        from sdpoint_jax.training.stop import StopSignals
+        with StopSignals():
+            signal.raise_signal(signal.SIGTERM)
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (75, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"name": "resnet19"}}, "model 'resnet19': known are .*resnet20"),
+        ({"model": {"dtype": "float16"}}, "dtype 'float16': valid are float32, bfloat16"),
+        ({"dataset": {"name": "digitz"}}, "digitz"),
+        ({"dataset": {"augmentation": "rotate"}}, "rotate.*shift"),
+        ({"dataset": {"train_split": "training"}}, "training"),
+        ({"dataset": {"mean": (0.5, 0.5, 0.5)}}, "config.dataset.mean .*: digits has 1 channels, one value each"),
+        ({"dataset": {"image_size": (3, 8)}}, "image size 3x8: too small for the net, which needs sides of at least 4"),
+        ({"batch_size": 41}, "batch size 41 does not divide over 8 devices"),
+        ({"evaluation_batch_size": 20}, "batch size 20 does not divide over 8 devices"),
+        ({"instances": "full,p04_r0.50"}, "instance p04_r0.50: the net has no point 4; it has 0 .* and 1 to 3"),
+        ({"instances": "stem_r0.50"}, "no point -1"),
+        ({"instances": "half"}, "instance name 'half': valid are"),
+        ({"instances": "all", "ratios": (1.5,)}, r"ratio 1.5 at point 1: a downsampling ratio lies in \(0, 1\)"),
+        ({"instances": "all", "points": (7,)}, r"points \[7\]: the net has 0 .* and 1 to 3"),
+        ({"sampling": "random"}, "sampling 'random': valid are uniform, legacy"),
+        ({"init_from": "nowhere"}, "nowhere: no such checkpoint"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, change, message):
+    workdir = tmp_path / "run"
+    with pytest.raises(ValueError, match=message) as error:
+        training.train(tiny.config(**change), workdir)
+    assert "\n" not in str(error.value)
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_the_learning_rate_follows_the_config():
+    config = ConfigDict(default_config())
+    config.update({"learning_rate": 0.1, "schedule": "step", "milestones": (2, 3), "decay": 0.1, "warmup_epochs": 1.0})
+    schedule = recipe.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
+    expected = {0: 0.0, 5: 0.05, 10: 0.1, 19: 0.1, 20: 0.01, 29: 0.01, 30: 0.001}
+    assert {step: pytest.approx(float(schedule(step)), rel=1e-5) for step in expected} == expected
+    config.schedule = "cosine"
+    schedule = recipe.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
+    np.testing.assert_allclose([schedule(10), schedule(25), schedule(40)], [0.1, 0.05, 0.0], atol=1e-7)
