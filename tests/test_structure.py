@@ -13,7 +13,7 @@ IMPORTS = {
     "config": set(),
     "progress": set(),
     "data": set(),
-    "storage": set(),
+    "storage": {"instance"},
     "models": {"instance", "storage"},
     "programs": {"instance", "storage", "training"},
     "profiling": {"instance", "models"},
