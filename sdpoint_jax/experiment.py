@@ -1,8 +1,8 @@
 """What training and a sweep share: the data, the net, its instances and batches, as a config describes them."""
 
 import functools
-import os
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,22 +11,27 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax import data
 from sdpoint_jax.config import check_config
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, sample_instance
-from sdpoint_jax.models.registry import ResNet, create_model
-from sdpoint_jax.programs.devices import AXIS, check_batch_size
-from sdpoint_jax.programs.evaluator import Evaluator
-from sdpoint_jax.training import step as steps
+from sdpoint_jax.data import pipeline
+from sdpoint_jax.instance import SDPointInstance, check_sampling
+from sdpoint_jax.models.blocks import DEVICE_AXIS
+from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import ResNet
 
 
 def parse_instances(
     model: ResNet, names: str, points: Iterable[int] = (), ratios: Iterable[float] = ()
 ) -> tuple[SDPointInstance, ...]:
-    """Instances of `model` by their comma-separated `names`, or `all` at these points and ratios, in order of depth.
+    """Finds instances of `model` by their comma-separated `names`, or `all` at these points and ratios.
 
     Args:
+        model: the net.
         names: as `full,p01_r0.50`, or `all`.
         points: with `all`, a subset of the net's; empty for all of them.
         ratios: with `all`; empty for the paper's.
+
+    Returns:
+        the instances in order of depth.
 
     Raises:
         ValueError: a name that is none, or an instance that the net does not have.
@@ -50,15 +55,15 @@ class Experiment:
         instances: those that training draws from.
         image_shape: (H, W, C) of the uint8 images.
         num_training_images: examples of the training split.
-        preprocess: uint8 images to the net's input, on the device.
+        preprocess: maps uint8 images to the net's input, on the device.
+        resize: (height, width) that an image just covers before its centre is cut out for evaluation.
+        evaluation_batch_size: global; that of the config, rounded up to a multiple of all devices.
     """
 
     def __init__(self, config: ConfigDict):
         """Raises ValueError, in one line, for anything in `config` that does not fit."""
         check_config(config)
         self.config = config
-        for batch_size in (config.batch_size, config.evaluation_batch_size):
-            check_batch_size(batch_size)
         self.dataset = data.load_dataset(
             config.dataset.name, config.dataset.data_dir or None, on_bad_image=config.dataset.on_bad_image
         )
@@ -72,20 +77,22 @@ class Experiment:
                     f"config.dataset.{key} {tuple(config.dataset[key])}: {self.dataset.name} has "
                     f"{self.dataset.channels} channels, one value each"
                 )
-        self.preprocess = functools.partial(steps.normalize, mean=config.dataset.mean, std=config.dataset.std)
+        self.preprocess = functools.partial(normalize, mean=config.dataset.mean, std=config.dataset.std)
         self.model = create_model(
             config.model.name,
             self.dataset.num_classes,
             dtype=config.model.dtype,
-            axis_name=AXIS if config.model.cross_device_norm else None,
+            axis_name=DEVICE_AXIS if config.model.cross_device_norm else None,
             remat=config.model.remat,
         )
         self.model.check_image_size(config.dataset.image_size)
         self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
-        sample_instance(config.seed, 0, self.instances, config.sampling)  # Refuses a sampling that does not fit.
+        check_sampling(config.sampling, self.instances)
         self.num_training_images = len(self.dataset.source(config.dataset.train_split))
+        self.resize = pipeline._resize_to(self.dataset, config.dataset.image_size, config.dataset.resize or None)
+        self.evaluation_batch_size = -(-config.evaluation_batch_size // jax.device_count()) * jax.device_count()
 
-    def check_params(self, params, source: str) -> None:
+    def check_params(self, params: Any, source: str) -> None:
         """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes."""
         images = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
         variables = jax.eval_shape(functools.partial(self.model.init, train=False), jax.random.key(0), images)
@@ -102,7 +109,7 @@ class Experiment:
             )
 
     def training_batches(self, start_step: int) -> data.Batches:
-        """This host's share of the training batches from `start_step` on, without end."""
+        """Reads this host's share of the training batches from `start_step` on, without end."""
         return data.training_batches(
             self.dataset,
             self.config.dataset.train_split,
@@ -114,48 +121,19 @@ class Experiment:
         )
 
     def reestimation_batches(self, images: str) -> data.Batches:
-        """This host's share of training batches to re-estimate from, `augmented` or `clean`; without end."""
+        """Reads this host's share of training batches to re-estimate from, `augmented` or `clean`; without end."""
         return data.training_batches(
             self.dataset,
             self.config.dataset.train_split,
-            batch_size=self.config.evaluation_batch_size,
+            batch_size=self.evaluation_batch_size,
             seed=self.config.seed + 1,
             augmentation=self.config.dataset.augmentation if images == "augmented" else "none",
             **self._reading(),
         )
 
     def evaluation_batches(self, split: str) -> data.Batches:
-        """This host's share of `split`, each example once."""
-        return data.evaluation_batches(
-            self.dataset, split, batch_size=self.config.evaluation_batch_size, **self._reading()
-        )
-
-    def evaluator(self, instances: Iterable[SDPointInstance]) -> Evaluator:
-        """Of some of the net's instances."""
-        return Evaluator(
-            self.model,
-            tuple(instances),
-            image_shape=self.image_shape,
-            batch_size=self.config.evaluation_batch_size // jax.process_count(),
-            preprocess=self.preprocess,
-        )
-
-    @property
-    def validation_instances(self) -> tuple[SDPointInstance, ...]:
-        """Full resolution and, by default, two instances at about two thirds and one third of the cost."""
-        if self.config.validation_instances != "auto":
-            return parse_instances(self.model, self.config.validation_instances)
-        drawn = [instance for instance in self.instances if instance != FULL_RESOLUTION]
-        if not drawn:
-            return self.instances
-        halves = [instance for instance in drawn if instance.ratio == drawn[0].ratio]
-        chosen = {FULL_RESOLUTION, halves[len(halves) // 4], halves[len(halves) * 2 // 3]}
-        return tuple(i for i in (FULL_RESOLUTION, *drawn) if i in chosen)
-
-    @property
-    def compile_workers(self) -> int:
-        """Threads that compile."""
-        return self.config.compile_workers or os.cpu_count() or 1
+        """Reads this host's share of `split`, each example once."""
+        return data.evaluation_batches(self.dataset, split, batch_size=self.evaluation_batch_size, **self._reading())
 
     def _reading(self):
         dataset = self.config.dataset

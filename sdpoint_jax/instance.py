@@ -58,7 +58,7 @@ class SDPointInstance:
 
     @classmethod
     def from_name(cls, name: str) -> "SDPointInstance":
-        """The instance called `name`.
+        """Returns the instance called `name`.
 
         Raises:
             ValueError: `name` is not the name of an instance.
@@ -86,7 +86,7 @@ def list_instances(
     ratios: Iterable[float] = DEFAULT_RATIOS,
     points: Iterable[int] | None = None,
 ) -> tuple[SDPointInstance, ...]:
-    """All instances of a net in order of depth: full resolution, the stem, block 1, ..., block N.
+    """Lists the instances of a net in order of depth: full resolution, the stem, block 1, ..., block N.
 
     Args:
         num_blocks: N, the number of residual blocks.
@@ -118,13 +118,13 @@ def list_instances(
 
 
 def describe_points(num_blocks: int, has_stem_point: bool) -> str:
-    """The points of a net in words, for messages."""
+    """Describes the points of a net in words, for messages."""
     stem = f"{STEM} (stem), " if has_stem_point else ""
     return f"{stem}0 (full resolution) and 1 to {num_blocks}"
 
 
 def uniform_sampling(uniform: Callable[[], float], instances: Sequence[SDPointInstance]) -> SDPointInstance:
-    """The paper's draw: the point uniform over the points of `instances`, then the ratio over its ratios."""
+    """Draws as the paper does: the point uniform over the points of `instances`, then the ratio over its ratios."""
     points = list(dict.fromkeys(instance.point for instance in instances))
     point = points[int(uniform() * len(points))]
     at_point = [instance for instance in instances if instance.point == point]
@@ -132,16 +132,11 @@ def uniform_sampling(uniform: Callable[[], float], instances: Sequence[SDPointIn
 
 
 def legacy_sampling(uniform: Callable[[], float], instances: Sequence[SDPointInstance]) -> SDPointInstance:
-    """The draw of the authors' PyTorch release, fault included: block 1 falls through to full resolution.
+    """Draws as the authors' PyTorch release does, fault included: block 1 falls through to full resolution.
 
     There the drawn block id 0 (our point 1) is falsy in `drawn and id or nil`. For comparison with runs of the
-    original only.
-
-    Raises:
-        ValueError: full resolution, which stands in for block 1, is not among `instances`.
+    original only; `instances` must hold full resolution.
     """
-    if FULL_RESOLUTION not in instances:
-        raise ValueError("legacy sampling draws full resolution instead of block 1: it must be among the instances")
     drawn = uniform_sampling(uniform, instances)
     return FULL_RESOLUTION if drawn.point == 1 else drawn
 
@@ -149,10 +144,20 @@ def legacy_sampling(uniform: Callable[[], float], instances: Sequence[SDPointIns
 SAMPLINGS = {"uniform": uniform_sampling, "legacy": legacy_sampling}
 
 
+def check_sampling(sampling: str, instances: Sequence[SDPointInstance]) -> None:
+    """Raises ValueError for an unknown sampling, or one that cannot draw from `instances`."""
+    if not instances:
+        raise ValueError("no instances to draw from")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling {sampling!r}: valid are {', '.join(SAMPLINGS)}")
+    if sampling == "legacy" and FULL_RESOLUTION not in instances:
+        raise ValueError("legacy sampling draws full resolution instead of block 1: it must be among the instances")
+
+
 def sample_instance(
     seed: int, step: int, instances: Sequence[SDPointInstance], sampling: str = "uniform"
 ) -> SDPointInstance:
-    """The instance of one training step, for the whole global batch (Kuen et al. 2018, section 3.1).
+    """Draws the instance of one training step, for the whole global batch (Kuen et al. 2018, section 3.1).
 
     A pure function of its arguments: the same on every host, after a resume, and on every Python. One instance
     in `instances` makes it the fixed instance: `[FULL_RESOLUTION]` is training without SDPoint.
@@ -164,12 +169,9 @@ def sample_instance(
         sampling: `uniform`, the paper's; or `legacy`, see `legacy_sampling`.
 
     Raises:
-        ValueError: no instances, or an unknown sampling.
+        ValueError: see `check_sampling`.
     """
-    if not instances:
-        raise ValueError("no instances to draw from")
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling {sampling!r}: valid are {', '.join(SAMPLINGS)}")
+    check_sampling(sampling, instances)
     # Seeded by a string, Python's generator gives the same `random()` in all versions.
     generator = random.Random(f"sdpoint {operator.index(seed)} {operator.index(step)}")
     return SAMPLINGS[sampling](generator.random, instances)

@@ -11,7 +11,6 @@ from sdpoint_jax.instance import (
     FULL_RESOLUTION,
     STEM,
     SDPointInstance,
-    legacy_sampling,
     list_instances,
     sample_instance,
 )
@@ -167,7 +166,7 @@ def test_draws_outside_of_the_settings_are_errors():
     with pytest.raises(ValueError, match="sampling 'paper': valid are uniform, legacy"):
         sample_instance(0, 0, [FULL_RESOLUTION], "paper")
     with pytest.raises(ValueError, match="legacy sampling .*full resolution"):
-        legacy_sampling(lambda: 0.0, [SDPointInstance(1, 0.5)])
+        sample_instance(0, 0, [SDPointInstance(1, 0.5)], "legacy")
 
 
 def test_instances_are_known_without_jax():

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -14,15 +16,27 @@ IMPORTS = {
     "progress": set(),
     "data": set(),
     "storage": {"instance"},
-    "models": {"instance", "storage"},
-    "programs": {"instance", "storage", "training"},
+    "models": {"instance"},
+    "programs": {"instance", "models", "storage"},
     "profiling": {"instance", "models"},
-    "experiment": {"config", "data", "instance", "models", "programs", "training"},
+    "experiment": {"config", "data", "instance", "models"},
     "evaluation": {"config", "experiment", "instance", "profiling", "programs", "progress", "storage"},
-    "training": {"config", "experiment", "instance", "programs", "progress", "storage"},
-    "serving": {"instance", "models", "programs", "storage", "training"},
-    "cli": {"config", "programs"},
+    "training": {"config", "experiment", "instance", "models", "programs", "progress", "storage"},
+    "serving": {"instance", "models", "programs", "storage"},
+    "cli": {
+        "config",
+        "evaluation",
+        "experiment",
+        "instance",
+        "models",
+        "profiling",
+        "programs",
+        "serving",
+        "storage",
+        "training",
+    },
 }
+FLOORS = 5  # train.py and evaluate.py stand on top of them.
 
 
 def files_of(room):
@@ -52,3 +66,39 @@ def test_a_room_imports_just_these(room):
 def test_every_room_is_in_the_table():
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
     assert rooms - {"__init__", "__main__"} == set(IMPORTS)
+
+
+def test_no_room_imports_one_above_it():
+    floors = {}
+    for room, imported in IMPORTS.items():
+        floors[room] = 1 + max((floors[other] for other in imported), default=0)  # KeyError: it stands further down.
+    assert max(floors.values()) == FLOORS
+
+
+def test_pmap_is_in_one_file():
+    users = [path for path in PACKAGE.rglob("*.py") if "pmap" in path.read_text()]
+    assert [path.relative_to(PACKAGE).as_posix() for path in users] == ["programs/devices.py"]
+
+
+@pytest.mark.parametrize("room", ["serving", "profiling"])
+def test_what_serves_needs_no_optimizer(room):
+    assert not any(name.startswith("optax") for path in files_of(room) for name in imports_of(path))
+
+
+def test_only_commands_have_a_main():
+    mains = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "def main(" in path.read_text()}
+    assert mains == {"cli/main.py"}
+
+
+def test_the_front_door_is_light():
+    code = "import sys, sdpoint_jax; sys.exit(any(name.split('.')[0] in ('jax', 'numpy') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_front_door_has_what_it_lists():
+    import sdpoint_jax
+
+    assert {"Predictor", "SDPointInstance", "create_model", "count_cost", "load_checkpoint"} < set(sdpoint_jax.__all__)
+    assert all(getattr(sdpoint_jax, name) is not None and name in dir(sdpoint_jax) for name in sdpoint_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'; it has .*Predictor"):
+        sdpoint_jax.Predicter  # noqa: B018

@@ -1,14 +1,20 @@
 """A net and an experiment small enough for tests."""
 
 import functools
+import pathlib
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdpoint_jax.config import default_config
+from sdpoint_jax.evaluation import sweep as sweeping
+from sdpoint_jax.experiment import Experiment
+from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.training.step import normalize
+from sdpoint_jax.storage.artefact import InstanceRow
 
 IMAGE_SHAPE = (8, 8, 1)
 preprocess = functools.partial(normalize, mean=(0.3,), std=(0.4,))
@@ -43,3 +49,27 @@ def config(**values):
     tiny.checkpoint_every_steps = 10
     tiny.update(values)
     return tiny
+
+
+class Swept(NamedTuple):
+    """A sweep of the tiny net."""
+
+    folder: pathlib.Path
+    rows: tuple[InstanceRow, ...]
+    experiment: Experiment
+    params: Any
+
+
+def sweep(folder):
+    """Sweeps all instances of the net with drawn parameters."""
+    experiment = Experiment(config(instances="all"))
+    params = variables(experiment.model)["params"]
+    return Swept(
+        folder, sweeping.sweep(experiment, params, experiment.instances, folder, split="test"), experiment, params
+    )
+
+
+def row(name, macs, top1, n=9, **values):
+    """A row of a table, by the instance's name."""
+    fields = dict(params=10, top5=None, loss=1.0, reestimated_from="augmented training images", reestimate_images=100)
+    return InstanceRow(SDPointInstance.from_name(name), macs, top1=top1, n=n, **fields | values)

@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
 from sdpoint_jax.models.registry import architecture
-from sdpoint_jax.models.resnet import Architecture, BlockSpec, ConvolutionSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sdpoint_jax.models.resnet import Architecture, ResNet
+from sdpoint_jax.models.architecture import Architecture
+from sdpoint_jax.models.resnet import ResNet
 
 _IMAGENET_DEPTHS = {
     18: (2, 2, 2, 2),
@@ -54,7 +55,7 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def architecture(name: str) -> Architecture:
-    """The row of the table called `name`; WRNs of any depth 6n + 4 and width are `wrn{depth}_{width}`.
+    """Returns the row of the table called `name`; WRNs of any depth 6n + 4 and width are `wrn{depth}_{width}`.
 
     Raises:
         ValueError: unknown name; lists the known ones.
@@ -70,7 +71,7 @@ def architecture(name: str) -> Architecture:
 
 
 def create_model(name: str, num_classes: int, *, dtype: Any = jnp.float32, **kwargs) -> ResNet:
-    """The net called `name`.
+    """Makes the net called `name`.
 
     Args:
         name: a key of `ARCHITECTURES`, or `wrn{depth}_{width}`.

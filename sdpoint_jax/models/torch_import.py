@@ -1,15 +1,13 @@
 """PyTorch weights of the authors' release and of torchvision, as variables of our nets.
 
-    python -m sdpoint_jax.models.torch_import checkpoint.pth.tar --model=preresnet101 --output=runs/preresnet101
+    python -m sdpoint_jax import checkpoint.pth.tar --model=preresnet101 --output=runs/preresnet101
 
 Both name their tensors alike: `conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0`, `fc`, and `bn2` for the last
 BatchNorm of a pre-activation net. Pickled files need PyTorch, `.safetensors` files do not.
 """
 
-import argparse
 import itertools
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +17,9 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from sdpoint_jax.models.blocks import Head
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import Head, ResNet
-from sdpoint_jax.storage import checkpoint
+from sdpoint_jax.models.resnet import ResNet
 
 _PICKLED = (".pth.tar", ".pth", ".pt")
 _SAFE = ".safetensors"
@@ -241,40 +239,3 @@ def _count_classes(state_dict, path):
     if np.ndim(bias) != 1:
         raise ValueError(f"{path}: has no vector fc.bias to tell the number of classes, name it (--num-classes)")
     return len(bias)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-def _parser():
-    parser = _Parser(
-        prog="python -m sdpoint_jax.models.torch_import",
-        description="Imports PyTorch weights of the SDPoint release or of torchvision as a checkpoint.",
-    )
-    parser.add_argument("file", type=Path, help=f"ending in one of {', '.join((*_PICKLED, _SAFE))}")
-    parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the checkpoint")
-    parser.add_argument("--num-classes", type=int, help="as many as in the file by default")
-    parser.add_argument("--channels", type=int, default=3, help="of the images, 3 by default")
-    parser.add_argument("--reset-head", action="store_true", help="draw a new classifier instead of importing one")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Imports the file that the command line names; a wrong argument or file exits with 2 and one line."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        variables, record = import_file(
-            args.file, args.model, num_classes=args.num_classes, channels=args.channels, reset_head=args.reset_head
-        )
-        checkpoint.save(args.output, variables, record)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
-    print(f"imported {args.file} as {args.model} with {record['num_classes']} classes: {args.output}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,24 +4,20 @@ MACs are the multiply-accumulates of convolutions and the classifier for one ima
 additions count nothing, as in the tables that papers and torchvision publish. No program is traced or compiled: XLA's
 own cost analysis counts pooling matrices as work and may call a downsampled instance dearer than full resolution.
 
-    python -m sdpoint_jax.profiling.macs --model=preresnet101 --image-size=224
+    python -m sdpoint_jax cost --model=preresnet101 --image-size=224
 """
 
-import argparse
 import dataclasses
 import numbers
-import re
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from sdpoint_jax.instance import DEFAULT_RATIOS, FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
 from sdpoint_jax.models.pool import downsampled_size
-from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import Architecture, BlockSpec, ConvolutionSpec, ResNet
+from sdpoint_jax.models.resnet import ResNet
 
 Shape = tuple[int, int, int]
 
@@ -70,17 +66,29 @@ class Cost:
 
 
 def count_macs(model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3) -> int:
-    """Multiply-accumulates of `model` under `instance` for one image; see `count_cost`."""
+    """Counts the multiply-accumulates of `model` under `instance` for one image; see `count_cost`."""
     return count_cost(model, instance, image_size, channels).macs
 
 
+def count_suffix_macs(
+    model: ResNet, instance: SDPointInstance, start: int, image_size: int | tuple[int, int], channels: int = 3
+) -> int:
+    """Counts the multiply-accumulates of the layers after point `start` alone, for one image; see `count_cost`."""
+    modules = model.suffix_modules(start)
+    layers = list_layers(model, instance, image_size, channels)
+    return sum(layer.macs for layer in layers if layer.name.partition("/")[0] in modules)
+
+
 def count_cost(model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3) -> Cost:
-    """What `model` under `instance` costs for one image; see `list_layers`."""
+    """Counts what `model` under `instance` costs for one image.
+
+    Args, Raises: see `list_layers`.
+    """
     return total_cost(list_layers(model, instance, image_size, channels))
 
 
 def total_cost(layers: Sequence[LayerCost]) -> Cost:
-    """The sums of `layers`."""
+    """Sums up the costs of `layers`."""
     _, _, *columns = zip(*layers)
     return Cost(*map(sum, columns))
 
@@ -88,7 +96,7 @@ def total_cost(layers: Sequence[LayerCost]) -> Cost:
 def list_layers(
     model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
 ) -> tuple[LayerCost, ...]:
-    """The layers of `model` that hold parameters, from the input to the output, as `instance` runs them.
+    """Lists the layers of `model` that hold parameters, from the input to the output, as `instance` runs them.
 
     Args:
         model: the net, without variables.
@@ -110,7 +118,7 @@ def list_layers(
 def _layers(net: Architecture, num_classes: int, instance: SDPointInstance, images: Shape) -> Iterator[LayerCost]:
     stem = _convolution("stem/conv", net.stem_convolution, images)
     yield stem
-    if net.imagenet_stem or not net.preactivation:
+    if net.stem_has_norm:
         yield _norm("stem/norm", stem.output)
     x = _pass_stem_pool(net, stem.output, instance)
     for k, spec in enumerate(net.blocks(), 1):
@@ -131,10 +139,11 @@ def _block(name: str, spec: BlockSpec, preactivation: bool, x: Shape) -> Iterato
         norm = _norm(f"{name}/norm{index}", y if preactivation else layer.output)
         yield from (norm, layer) if preactivation else (layer, norm)
         y = layer.output
-    if spec.shortcut:
-        shortcut = _convolution(f"{name}/shortcut_conv", spec.shortcut, x)
+    if spec.shortcut and spec.shortcut.kind != "padded_identity":
+        shortcut = _convolution(f"{name}/shortcut_conv", spec.shortcut.convolution, x)
         yield shortcut
-        yield _norm(f"{name}/shortcut_norm", shortcut.output)
+        if spec.shortcut.kind == "projection_norm":
+            yield _norm(f"{name}/shortcut_norm", shortcut.output)
 
 
 def _block_output(spec: BlockSpec, x: Shape) -> Shape:
@@ -169,8 +178,10 @@ def _norm(name: str, x: Shape) -> LayerCost:
     return LayerCost(name, x, 0, 2 * x[-1], 0)
 
 
-def format_instances(model: ResNet, instances: Sequence[SDPointInstance], image_size, channels: int = 3) -> str:
-    """The costs of `instances` as a table; `relative` is to the MACs at full resolution."""
+def format_instances(
+    model: ResNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
+) -> str:
+    """Formats the costs of `instances` as a table; `relative` is to the MACs at full resolution."""
     full = count_macs(model, FULL_RESOLUTION, image_size, channels)
     lines = [f"{'instance':<12}{'GMACs':>10}{'GFLOPs':>10}{'relative':>10}{'activations, float32':>22}"]
     for instance in instances:
@@ -184,7 +195,7 @@ def format_instances(model: ResNet, instances: Sequence[SDPointInstance], image_
 
 
 def format_layers(layers: Sequence[LayerCost]) -> str:
-    """`layers` as a table, with their sums in the last line."""
+    """Formats `layers` as a table, with their sums in the last line."""
     lines = [f"{'layer':<24}{'output':>16}{'MACs':>16}{'parameters':>14}{'activations':>14}"]
     for layer in layers:
         output = "x".join(map(str, layer.output))
@@ -192,59 +203,3 @@ def format_layers(layers: Sequence[LayerCost]) -> str:
     total = total_cost(layers)
     lines.append(f"{'sum':<40}{total.macs:>16,}{total.params:>14,}{total.activations:>14,}")
     return "\n".join(lines)
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}: valid are a side, 224, or a height and a width, 224x320")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _ratios(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(ratio) for ratio in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: valid are numbers in (0, 1), as in 0.5,0.75") from None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-def _parse(argv):
-    parser = _Parser(
-        prog="python -m sdpoint_jax.profiling.macs", description="Prints what the SDPoint instances of a net cost."
-    )
-    parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
-    parser.add_argument("--image-size", required=True, type=_image_size, help="side, or HEIGHTxWIDTH, in pixels")
-    parser.add_argument("--ratios", type=_ratios, default=DEFAULT_RATIOS, help="0.5,0.75 by default")
-    parser.add_argument("--num-classes", type=int, default=1000)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument(
-        "--layers", metavar="INSTANCE", help="list the layers of this instance instead, as in p05_r0.75"
-    )
-    return parser, parser.parse_args(argv)
-
-
-def _report(args) -> str:
-    model = create_model(args.model, args.num_classes)
-    if args.layers is None:
-        return format_instances(model, model.instances(args.ratios), args.image_size, args.channels)
-    return format_layers(list_layers(model, SDPointInstance.from_name(args.layers), args.image_size, args.channels))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table that the command line asks for; a wrong argument exits with 2 and one line."""
-    parser, args = _parse(argv)
-    try:
-        report = _report(args)
-    except ValueError as error:
-        parser.error(str(error))
-    print(report)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has seen enough, as `head`, is no error.
-    sys.exit(main())

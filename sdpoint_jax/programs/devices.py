@@ -1,7 +1,7 @@
-"""How programs meet devices: the switch of compiled programs, replicas and shards; all of the project's pmap.
+"""How programs meet devices: compiling for all of them or for one, replicas, shards, the switch of compiled programs.
 
-Everything replicated is an ordinary pytree without a device axis; what is sharded has a leading axis of devices. Both
-are global arrays, over the devices of all hosts.
+All of the project's pmap is here. Everything replicated is an ordinary pytree without a device axis; what is sharded
+has a leading axis of devices. Both are global arrays, over the devices of all hosts.
 """
 
 import collections
@@ -10,17 +10,19 @@ import contextlib
 import functools
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sdpoint_jax.programs import cache as program_cache
+from sdpoint_jax.models.blocks import DEVICE_AXIS
+from sdpoint_jax.programs import cache
 
-AXIS = "devices"
+AXIS = DEVICE_AXIS
 REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
 
 _ON_CPU = {
@@ -32,8 +34,12 @@ _ON_CPU = {
 }
 
 
-def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Callable:
-    """`function` on every device of every host at once; collectives name `AXIS`.
+PyTree = Any
+Compile = Callable[..., Callable]  # From the shapes of a function's arguments to its compiled program.
+
+
+def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple[int, ...] = ()) -> Compile:
+    """Makes what compiles `function` for every device of every host at once; collectives name `AXIS`.
 
     Args:
         function: of one device's part of its arguments.
@@ -42,7 +48,8 @@ def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple
         donate: which arguments' memory the outputs may take.
 
     Returns:
-        compile(*shapes): from the arguments' shapes, over all devices, to the compiled program.
+        compile(*shapes): from the arguments' shapes, over all devices, to the compiled program. It is kept on disk, and
+        loaded from there if it was compiled before; see `cache`.
     """
     mapped = jax.pmap(
         function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate, devices=jax.devices()
@@ -54,14 +61,32 @@ def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple
             shapes = [jax.tree.map(functools.partial(_zeros, spec), shape) for spec, shape in zip(specs, shapes)]
         options = compiler_options()
         what = (function, in_axes, out_axes, donate, shapes, options)
-        return program_cache.fetch(what, lambda: mapped.lower(*shapes).compile(options))
+        return cache.fetch(what, lambda: mapped.lower(*shapes).compile(options))
+
+    return compile_from
+
+
+def on_device(function: Callable, device: jax.Device) -> Compile:
+    """Makes what compiles `function` for one device of this host.
+
+    Returns:
+        compile(*shapes): as of `parallel`.
+    """
+
+    def compile_from(*shapes):
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), shapes
+        )
+        options = compiler_options()
+        what = (function, device.id, shapes, options)
+        return cache.fetch(what, lambda: jax.jit(function).lower(*placed).compile(options))
 
     return compile_from
 
 
 @functools.cache
 def compiler_options() -> dict[str, Any]:
-    """What to ask of XLA for every program: on a CPU, other choices than its own; elsewhere nothing.
+    """Returns what to ask of XLA for every program: on a CPU, other choices than its own; elsewhere nothing.
 
     A flag that stands in XLA_FLAGS, or that this XLA does not know, is left out.
     """
@@ -79,12 +104,12 @@ def _is_known(flag, value):
     return True
 
 
-def replicate(tree):
+def replicate(tree: PyTree) -> PyTree:
     """Puts a host pytree, the same on every host, on every device."""
     return _place(tree, PartitionSpec())
 
 
-def shard(batch: Mapping[str, np.ndarray]):
+def shard(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Splits this host's share of a batch, arrays [b, ...], over its devices: [devices, b / local devices, ...]."""
     devices = jax.local_device_count()
     split = {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
@@ -102,21 +127,27 @@ def prefetch(batches: Iterable[Mapping[str, np.ndarray]], size: int = 2) -> Iter
 
 
 def is_main_host() -> bool:
-    """Whether this process is the one that writes files and reports."""
+    """Tells whether this process is the one that writes files and reports."""
     return jax.process_index() == 0
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError unless the global batch divides evenly over all devices."""
+def shape_of_shards(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Returns the shape of what `shard` makes of this host's arrays [b, ...] of that shape."""
+    size, *rest = shape
+    return jax.ShapeDtypeStruct((jax.device_count(), size // jax.local_device_count(), *rest), dtype)
+
+
+def check_batch_size(batch_size: int, key: str) -> None:
+    """Raises ValueError, naming the config's `key`, unless the global batch divides evenly over all devices."""
     devices = jax.device_count()
     if batch_size < 1 or batch_size % devices:
         sizes = sorted({batch_size // devices * devices, -(-max(batch_size, 1) // devices) * devices} - {0})
         nearest = " or ".join(map(str, sizes))
-        raise ValueError(f"batch size {batch_size} does not divide over {devices} devices; the nearest is {nearest}")
+        raise ValueError(f"{key} {batch_size}: does not divide over {devices} devices; the nearest is {nearest}")
 
 
-def shapes_of(tree):
-    """The ShapeDtypeStructs of a pytree of arrays, which is what programs are compiled from."""
+def shapes_of(tree: PyTree) -> PyTree:
+    """Returns the ShapeDtypeStructs of a pytree of arrays, which is what programs are compiled from."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
 
 
@@ -151,27 +182,44 @@ class Switch:
     """Compiled programs looked up by a static key, as the SDPoint instance: each key is traced and compiled once.
 
     `switch[key]` compiles on first use; `compile` ahead of time. Programs are built from shapes: compiling needs
-    neither data nor state.
+    neither data nor state. Any number of threads may use a switch.
     """
 
-    def __init__(self, build: Callable[[Hashable], Callable], shapes: Callable[[Hashable], tuple]):
-        """`build(key)` is what `parallel` makes of a key's function; `shapes(key)` are its arguments' shapes."""
+    def __init__(self, build: Callable[[Hashable], Compile], shapes: Callable[[Hashable], tuple]):
+        """Takes what makes the programs.
+
+        Args:
+            build: from a key to what `parallel` or `on_device` makes of its function.
+            shapes: from a key to the shapes of the arguments.
+        """
         self._build, self._shapes = build, shapes
-        self._programs = {}
+        self._programs: dict[Hashable, Callable] = {}
+        self._lock, self._compiling = threading.Lock(), {}  # The second: a lock for each key.
         # Many programs in flight on several CPU devices of one process deadlock in their collectives.
         self._wait = jax.default_backend() == "cpu" and jax.device_count() > 1
 
     def __getitem__(self, key: Hashable) -> Callable:
+        """Returns the program of `key`, compiled now if it is not there."""
         if key not in self._programs:
             self._compile(key)
         program = self._programs[key]
         return (lambda *args: jax.block_until_ready(program(*args))) if self._wait else program
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Tells whether the program of `key` is compiled."""
+        return key in self._programs
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """Iterates over the keys whose programs are compiled."""
+        return iter(tuple(self._programs))
+
     def __len__(self) -> int:
+        """Counts the programs that are compiled."""
         return len(self._programs)
 
-    def compile(self, keys: Iterable[Hashable], workers: int) -> Iterator[tuple[Hashable, float]]:
-        """Compiles what is missing in `workers` threads, as XLA releases the lock; yields (key, seconds) of each."""
+    def compile(self, keys: Iterable[Hashable], workers: int = 0) -> Iterator[tuple[Hashable, float]]:
+        """Compiles what is missing, in so many threads (0: one per core); yields (key, seconds) of each program."""
+        workers = workers or os.cpu_count() or 1  # Threads help, as XLA releases Python's lock.
         with _no_garbage_collection(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             tasks = [pool.submit(self._compile, key) for key in keys if key not in self._programs]
             try:
@@ -182,5 +230,9 @@ class Switch:
 
     def _compile(self, key):
         start = time.perf_counter()
-        self._programs[key] = self._build(key)(*self._shapes(key))
+        with self._lock:
+            compiling = self._compiling.setdefault(key, threading.Lock())
+        with compiling:
+            if key not in self._programs:
+                self._programs[key] = self._build(key)(*self._shapes(key))
         return key, time.perf_counter() - start

@@ -1,35 +1,75 @@
 """Re-estimates BatchNorm statistics and evaluates, for many SDPoint instances in one pass over the data.
 
-Up to its point, an instance does just what full resolution does. So each batch walks the layers once, block by
-block, along the *trunk*; at each position (see `models.resnet`) the instances that downsample there run what is
-left of the net, their *suffix*. Full resolution is the suffix of the last position.
+Up to its point, an instance computes just what full resolution does. So each batch walks the prefix once, from point
+to point; at each of them the instances that downsample there run their suffix. The suffix of full resolution starts at
+the last point.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, prefetch, replicate, shapes_of
-from sdpoint_jax.training.step import cross_entropy
+from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.programs.devices import (
+    AXIS,
+    REPLICATED,
+    SHARDED,
+    Switch,
+    parallel,
+    prefetch,
+    replicate,
+    shape_of_shards,
+    shapes_of,
+)
 
+PyTree = Any
+Part = int | SDPointInstance
 _REESTIMATE, _EVALUATE = "reestimate", "evaluate"  # What a program does.
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """How well an instance classifies.
+
+    Attributes:
+        loss: mean cross-entropy.
+        top1: share of the examples whose most likely class is the true one.
+        top5: share of those whose five most likely classes hold the true one; None for less than six classes.
+        count: evaluated examples.
+    """
+
+    loss: float
+    top1: float
+    top5: float | None
+    count: int
 
 
 class Evaluator:
     """Re-estimates and evaluates some instances of a net; compiled once, it serves any parameters.
 
-    A part of the net is an instance, for its suffix, or k = 0, 1, ... for the module of the trunk that leads to
-    position k. Each part has two programs, to re-estimate and to evaluate.
+    A *part* of the net is an instance, for its suffix, or a point, for the layers that lead to it from the point
+    before. Each part has two programs, to re-estimate and to evaluate.
     """
 
-    def __init__(self, model, instances: Sequence[SDPointInstance], *, image_shape, batch_size: int, preprocess):
+    def __init__(
+        self,
+        model: ResNet,
+        instances: Sequence[SDPointInstance],
+        *,
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        preprocess: Callable[[jax.Array], jax.Array],
+    ):
         """Builds from shapes; compiles nothing yet.
 
         Args:
@@ -37,7 +77,7 @@ class Evaluator:
             instances: those of the net to serve.
             image_shape: (H, W, C) of the uint8 images.
             batch_size: images of one batch of this host, over all its devices.
-            preprocess: uint8 images to the net's input.
+            preprocess: maps uint8 images to the net's input.
 
         Raises:
             ValueError: no instances, or one that the net does not have.
@@ -48,29 +88,28 @@ class Evaluator:
             model.check_instance(instance)
         self._model = model.clone(norm_momentum=0.0)  # A batch leaves its own statistics, nothing of the ones before.
         self._preprocess = preprocess
-        self._suffixes = collections.defaultdict(list)
+        self._suffixes = collections.defaultdict(list)  # The instances whose suffix starts at a point.
         for instance in dict.fromkeys(instances):
-            self._suffixes[model.position_of(instance)].append(instance)
-        self._last = max(self._suffixes)
-        self._parts = [*range(self._last + 1), *(i for k in self._suffixes for i in self._suffixes[k])]
-
-        images = jax.ShapeDtypeStruct((batch_size // jax.local_device_count(), *image_shape), np.uint8)
-        self._infer_shapes(images, jax.device_count())
+            self._suffixes[model.last_shared_point(instance)].append(instance)
+        self._instances = [instance for point in self._suffixes for instance in self._suffixes[point]]
+        self._points = (STEM, *range(1, max(self._suffixes) + 1))
+        self._parts = [*self._points, *self._instances]
+        self._infer_shapes((batch_size, *image_shape))
         self._programs = Switch(self._build, self._shapes)
 
-    def compile(self, workers: int) -> Iterator[tuple[str, float]]:
-        """Compiles all programs in `workers` threads; yields (what it does, seconds) of each."""
+    def compile(self, workers: int = 0) -> Iterator[tuple[str, float]]:
+        """Compiles all programs in `workers` threads (0: one per core); yields (what it does, seconds) of each."""
         keys = itertools.product((_REESTIMATE, _EVALUATE), self._parts)
         for (does, part), seconds in self._programs.compile(keys, workers):
             yield f"{does} {part}", seconds
 
     @property
     def num_programs(self) -> int:
-        """Programs that `compile` compiles."""
+        """Counts the programs that `compile` compiles."""
         return 2 * len(self._parts)
 
-    def reestimate(self, params, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, Any]:
-        """BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
+    def reestimate(self, params: PyTree, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, PyTree]:
+        """Computes the BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
 
         Each batch is normalised by its own statistics, as in training; then the first and second moments of every
         layer's input are pooled over batches, devices and hosts (the authors keep a running average instead).
@@ -81,6 +120,9 @@ class Evaluator:
 
         Returns:
             `batch_stats` on the host, by instance.
+
+        Raises:
+            ValueError: no batches.
         """
         params = replicate(params)
         moments = {part: replicate(jax.tree.map(_zeros, self._statistics_shapes[part])) for part in self._parts}
@@ -89,9 +131,11 @@ class Evaluator:
             count += 1
             share = np.float32(1 / count)
             x, done = batch["images"], list(moments.values())
-            for k in range(self._last + 1):
-                moments[k], x = self._programs[_REESTIMATE, k](self._of(k, params), moments[k], share, x)
-                for instance in self._suffixes.get(k, ()):
+            for point in self._points:
+                moments[point], x = self._programs[_REESTIMATE, point](
+                    self._of(point, params), moments[point], share, x
+                )
+                for instance in self._suffixes.get(point, ()):
                     moments[instance] = self._programs[_REESTIMATE, instance](
                         self._of(instance, params), moments[instance], share, x
                     )
@@ -99,35 +143,43 @@ class Evaluator:
         if not count:
             raise ValueError("no batches to re-estimate statistics from")
         moments = {key: jax.device_get(value) for key, value in moments.items()}
-        return {instance: self._assemble(moments, instance) for k in self._suffixes for instance in self._suffixes[k]}
+        return {instance: self._assemble(moments, instance) for instance in self._instances}
 
-    def evaluate(self, params, statistics: Mapping[SDPointInstance, Any], batches) -> dict[SDPointInstance, dict]:
-        """Metrics of each instance with its own statistics.
+    def evaluate(
+        self,
+        params: PyTree,
+        statistics: Mapping[SDPointInstance, PyTree],
+        batches: Iterable[Mapping[str, np.ndarray]],
+    ) -> dict[SDPointInstance, Metrics]:
+        """Computes the metrics of each instance with its own statistics.
 
         Args:
             params: of the net.
-            statistics: `batch_stats` of each instance, from `reestimate`.
+            statistics: `batch_stats` of each instance; for the layers before its point the same for all instances, as
+                `reestimate` returns them.
             batches: host batches with `images` [b, H, W, C] uint8, `labels` [b] and `mask` [b], 1 for examples and
                 0 for padding.
 
         Returns:
-            By instance: mean `loss`, `top1`, `top5` (None for less than six classes) in 0..1, and `count`.
+            the metrics, by instance.
+
+        Raises:
+            ValueError: an instance without statistics, or whose statistics differ from another's before its point; or
+                no examples.
         """
-        missing = [
-            instance.name for k in self._suffixes for instance in self._suffixes[k] if instance not in statistics
-        ]
-        if missing:
+        if missing := [instance.name for instance in self._instances if instance not in statistics]:
             raise ValueError(f"no re-estimated statistics for {', '.join(missing)}")
         params = replicate(params)
-        deepest = self._suffixes[self._last][0]
-        statistics = {k: statistics[deepest] for k in range(self._last + 1)} | dict(statistics)
+        deepest = self._suffixes[self._points[-1]][0]
+        self._check_shared(statistics, deepest)
+        statistics = {point: statistics[deepest] for point in self._points} | dict(statistics)
         statistics = {part: replicate(self._of(part, statistics[part])) for part in self._parts}
-        sums = {part: replicate(_zero_sums()) for part in self._parts if isinstance(part, SDPointInstance)}
+        sums = {instance: replicate(_zero_sums()) for instance in self._instances}
         for batch in prefetch(batches):
             x, done = batch["images"], list(sums.values())
-            for k in range(self._last + 1):
-                x = self._programs[_EVALUATE, k](self._of(k, params), statistics[k], x)
-                for instance in self._suffixes.get(k, ()):
+            for point in self._points:
+                x = self._programs[_EVALUATE, point](self._of(point, params), statistics[point], x)
+                for instance in self._suffixes.get(point, ()):
                     sums[instance] = self._programs[_EVALUATE, instance](
                         self._of(instance, params),
                         statistics[instance],
@@ -140,46 +192,64 @@ class Evaluator:
         return {instance: self._means(jax.device_get(total)) for instance, total in sums.items()}
 
     def _of(self, part, tree):
-        """What a part of the net uses of parameters or statistics."""
+        """Picks what a part of the net uses of parameters or statistics."""
         if isinstance(part, SDPointInstance):
-            modules = self._model.modules[self._model.position_of(part) + 1 :]
+            modules = self._model.suffix_modules(self._model.last_shared_point(part))
         else:
-            modules = self._model.modules[part : part + 1]
+            modules = self._model.prefix_modules(part)[-1:]
         return {module: tree[module] for module in modules if module in tree}
 
     def _assemble(self, moments, instance):
-        trunk = (moments[k] for k in range(self._model.position_of(instance) + 1))
-        return functools.reduce(lambda merged, part: merged | part, trunk, {}) | moments[instance]
+        last = self._model.last_shared_point(instance)
+        prefix = (moments[point] for point in self._points if point <= last)
+        return functools.reduce(lambda merged, part: merged | part, prefix, {}) | moments[instance]
+
+    def _check_shared(self, statistics, deepest):
+        """Raises ValueError unless the statistics of all instances are those of `deepest` before their points."""
+        for instance in self._instances:
+            modules = self._model.prefix_modules(self._model.last_shared_point(instance))
+            theirs, shared = (
+                traverse_util.flatten_dict({module: tree[module] for module in modules if module in tree}, sep="/")
+                for tree in (statistics[instance], statistics[deepest])
+            )
+            same = functools.partial(np.array_equal, equal_nan=True)
+            if different := [name for name in shared if not same(theirs.get(name), shared[name])]:
+                raise ValueError(
+                    f"statistics of {instance.name} and {deepest.name} differ before the point of the first, in "
+                    f"{different[0]}: they are not from one re-estimation, so evaluate these instances separately"
+                )
 
     def _means(self, total):
         count = int(total.pop("count"))
+        if not count:
+            raise ValueError("no examples to evaluate: all were padding, or left out by config.dataset.on_bad_image")
         means = {name: float(value) / count for name, value in total.items()}
-        if self._model.num_classes <= 5:
-            means["top5"] = None
-        return means | {"count": count}
+        return Metrics(means["loss"], means["top1"], means["top5"] if self._model.num_classes > 5 else None, count)
 
-    def _infer_shapes(self, images, devices):
+    def _infer_shapes(self, images_shape):
+        sharded = shape_of_shards(images_shape, np.uint8)
+        devices, *on_one = sharded.shape
+        images = jax.ShapeDtypeStruct(tuple(on_one), np.uint8)
         variables = jax.eval_shape(
             lambda x: self._model.init(jax.random.key(0), self._preprocess(x), train=False), images
         )
-        self._params_shapes, self._activation_shapes, self._statistics_shapes = shapes_of(variables["params"]), {}, {}
-        x = images
+        self._params_shapes, activations, self._statistics_shapes = shapes_of(variables["params"]), {}, {}
         for part in self._parts:
             self._statistics_shapes[part] = self._of(part, variables["batch_stats"])
-        for k in range(self._last + 1):
-            self._activation_shapes[k] = x
-            forward = functools.partial(_forward, train=False, **self._net(k))
-            x, _ = jax.eval_shape(forward, self._of(k, variables["params"]), self._statistics_shapes[k], x)
-            for instance in self._suffixes.get(k, ()):
-                self._activation_shapes[instance] = x
-        self._activation_shapes = {
-            part: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype) for part, x in self._activation_shapes.items()
+        x = images
+        for point in self._points:
+            activations[point] = x
+            forward = functools.partial(_forward, train=False, **self._net(point))
+            x, _ = jax.eval_shape(forward, self._of(point, variables["params"]), self._statistics_shapes[point], x)
+            activations |= dict.fromkeys(self._suffixes.get(point, ()), x)
+        self._input_shapes = {
+            part: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype) for part, x in activations.items()
         }
 
     def _shapes(self, key):
         does, part = key
         params, statistics = self._of(part, self._params_shapes), self._statistics_shapes[part]
-        x = self._activation_shapes[part]
+        x = self._input_shapes[part]
         if does == _REESTIMATE:
             return params, statistics, jax.ShapeDtypeStruct((), np.float32), x
         if not isinstance(part, SDPointInstance):
@@ -201,7 +271,7 @@ class Evaluator:
         return parallel(functools.partial(_add_metrics, **self._net(part)), in_axes=in_axes, out_axes=REPLICATED)
 
     def _net(self, part):
-        """The static arguments of `_forward` for a part."""
+        """Returns the static arguments of `_forward` for a part."""
         return dict(model=self._model, preprocess=self._preprocess, part=part)
 
 
@@ -209,11 +279,11 @@ def _forward(params, statistics, x, *, model, preprocess, part, train):
     """Runs a part of the net; returns its output and the statistics of the batch, if training."""
     net = type(model)
     if isinstance(part, SDPointInstance):
-        method = functools.partial(net.from_position, k=model.position_of(part), instance=part)
-    elif part == 0:
-        method, x = net.to_first_position, preprocess(x)
+        method = functools.partial(net.suffix, start=model.last_shared_point(part), instance=part)
+    elif part == STEM:
+        method, x = functools.partial(net.prefix, point=STEM), preprocess(x)
     else:
-        method = functools.partial(net.next_position, k=part - 1)
+        method = functools.partial(net.between, start=part - 1 or STEM, end=part)
     variables = {"params": params, "batch_stats": statistics}
     if train:
         del variables["batch_stats"]
@@ -251,7 +321,7 @@ def _metric_sums(logits, labels, mask):
 
 
 def _pool_devices(batch_stats):
-    """Moments over all devices of the moments {"mean", "var"} of each, which cover equally many values."""
+    """Pools the moments of all devices: the moments {"mean", "var"} of each, which cover equally many values."""
     if "mean" not in batch_stats:
         return {name: _pool_devices(value) for name, value in batch_stats.items()}
     mean = jax.lax.pmean(batch_stats["mean"], AXIS)
@@ -259,7 +329,10 @@ def _pool_devices(batch_stats):
 
 
 def _pool_moments(moments, batch_stats, share):
-    """Moments over the batches so far and one more, which is `share` of them all; stable in float32 (Chan 1979)."""
+    """Pools the moments of the batches so far with those of one more, which is `share` of them all.
+
+    Stable in float32 (Chan, Golub & LeVeque 1979).
+    """
     if "mean" not in moments:
         return {name: _pool_moments(moments[name], batch_stats[name], share) for name in moments}
     apart = batch_stats["mean"] - moments["mean"]

@@ -1,47 +1,55 @@
-"""Inference within a budget: loads a sweep's artefact, picks an SDPoint instance, predicts.
+"""Inference within a budget: loads a sweep's artefact, picks an SDPoint instance, predicts."""
 
-predictor = Predictor.load("runs/digits/sweep/artefact")
-logits = predictor.predict(images, max_macs=500_000)
-"""
-
-import argparse
 import functools
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.programs.devices import compiler_options
-from sdpoint_jax.storage import checkpoint
-from sdpoint_jax.training.step import normalize
+from sdpoint_jax.programs.inference import InferencePrograms
+from sdpoint_jax.storage import artefact
+from sdpoint_jax.storage.artefact import Artefact, InstanceRow
 
 _LARGEST_BATCH = 256  # Larger ones are split; smaller ones padded to a power of two, so that programs stay few.
 
 
 class Predictor:
-    """A trained net with the statistics of the instances that were swept.
+    """A trained net with the statistics of the instances that were swept. Any number of threads may use it.
+
+        predictor = Predictor.load("runs/digits/sweep/artefact")
+        logits = predictor.predict(images, max_macs=5_000_000)
+
+    Programs are compiled on first use, and kept on disk for the next start. `compile` makes them ahead of time; from
+    then on nothing else is compiled: batches are padded to the sizes that were asked for, and an instance that was not
+    is an error.
 
     Attributes:
-        table: a row per instance: `instance` (name), `macs` of one image, `top1`, and more; see `sweep`.
+        rows: the table, a row per instance.
         class_names: of the K classes.
         image_shape: (H, W, C) of the images it takes.
+        programs: the compiled programs.
     """
 
-    def __init__(self, params, batch_stats: Mapping[str, Any], record: Mapping[str, Any]):
-        """From the parts of an artefact; see `load`."""
-        self.table: Sequence[Mapping[str, Any]] = record["table"]
-        self.class_names = tuple(record["class_names"])
-        self.image_shape = tuple(record["image_shape"])
-        self._model = create_model(record["model"]["name"], record["num_classes"], dtype=record["model"]["dtype"])
-        self._preprocess = functools.partial(normalize, mean=tuple(record["mean"]), std=tuple(record["std"]))
-        self._params = jax.device_put(params)
-        self._batch_stats = batch_stats
-        self._programs = {}
+    def __init__(self, swept: Artefact):
+        """Takes the parts of an artefact; see `load`."""
+        self._artefact = swept
+        self.rows: tuple[InstanceRow, ...] = swept.rows
+        self.class_names, self.image_shape = swept.class_names, swept.image_shape
+        self.programs = InferencePrograms(
+            create_model(swept.model, swept.num_classes, dtype=swept.dtype),
+            image_shape=swept.image_shape,
+            preprocess=functools.partial(normalize, mean=swept.mean, std=swept.std),
+        )
+        self._params = jax.device_put(swept.params, self.programs.device)
+        self._batch_stats = {
+            instance: jax.device_put(tree, self.programs.device) for instance, tree in swept.batch_stats.items()
+        }
+        self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}  # Batch sizes, ascending.
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Predictor":
@@ -50,18 +58,36 @@ class Predictor:
         Raises:
             CheckpointError: there is none, it is damaged, or it is a checkpoint without re-estimated statistics.
         """
-        arrays, record = checkpoint.load(path)
-        if "table" not in record:
-            raise checkpoint.CheckpointError(f"{path}: not the artefact of a sweep; evaluate.py writes one")
-        return cls(arrays["params"], arrays["batch_stats"], record)
+        return cls(artefact.load(path))
 
     @property
     def instances(self) -> tuple[SDPointInstance, ...]:
-        """Those that can be used."""
-        return tuple(SDPointInstance.from_name(row["instance"]) for row in self.table)
+        """Lists the instances that can be used."""
+        return tuple(row.instance for row in self.rows)
+
+    def compile(self, instances: Iterable[SDPointInstance | str], batch_sizes: Iterable[int], workers: int = 0) -> None:
+        """Compiles ahead of time, or loads what an earlier process has compiled; from then on, nothing else is.
+
+        Args:
+            instances: or their names.
+            batch_sizes: a batch is padded to the next of them, and split by the largest.
+            workers: threads that compile; 0 for one per core.
+
+        Raises:
+            ValueError: an instance that was not swept, or a batch size below 1.
+        """
+        sizes = tuple(sorted(set(batch_sizes)))
+        if not sizes or sizes[0] < 1:
+            raise ValueError(f"batch_sizes {list(sizes)}: give at least one, each at least 1")
+        chosen = [self._find(instance) for instance in instances]
+        keys = [(instance, size) for instance in chosen for size in sizes]
+        for _ in self.programs.compile(keys, workers):
+            pass
+        for instance in chosen:
+            self._compiled[instance] = tuple(sorted({*self._compiled.get(instance, ()), *sizes}))
 
     def select(self, *, max_macs: float | None = None) -> SDPointInstance:
-        """The most accurate instance (top-1) within a budget; of equally accurate ones the cheapest.
+        """Picks the most accurate instance (top-1) within a budget; of equally accurate ones the cheapest.
 
         Args:
             max_macs: the most MACs that one image may cost; None for no limit.
@@ -69,17 +95,16 @@ class Predictor:
         Raises:
             ValueError: no instance is that cheap; names the cheapest.
         """
-        affordable = [row for row in self.table if max_macs is None or row["macs"] <= max_macs]
+        affordable = [row for row in self.rows if max_macs is None or row.macs <= max_macs]
         if not affordable:
-            cheapest = min(self.table, key=lambda row: row["macs"])
+            cheapest = min(self.rows, key=lambda row: row.macs)
             raise ValueError(
-                f"max_macs {max_macs:g}: the cheapest instance, {cheapest['instance']}, needs {cheapest['macs']} MACs"
+                f"max_macs {max_macs:g}: the cheapest instance, {cheapest.name}, needs {cheapest.macs} MACs"
             )
-        best = max(affordable, key=lambda row: (row["top1"], -row["macs"]))
-        return SDPointInstance.from_name(best["instance"])
+        return max(affordable, key=lambda row: (row.top1, -row.macs)).instance
 
     def predict(
-        self, images, *, max_macs: float | None = None, instance: SDPointInstance | str | None = None
+        self, images: ArrayLike, *, max_macs: float | None = None, instance: SDPointInstance | str | None = None
     ) -> np.ndarray:
         """Classifies with one instance.
 
@@ -92,40 +117,37 @@ class Predictor:
             logits [B, K], float32.
 
         Raises:
-            ValueError: images of another shape or type, an impossible budget, or an instance that was not swept.
+            ValueError: images of another shape or type, an impossible budget, an instance that was not swept, or one
+                that was not compiled where `compile` was called.
         """
         if max_macs is not None and instance is not None:
             raise ValueError(f"max_macs {max_macs:g} and instance {instance}: give one of them")
-        if instance is None:
-            instance = self.select(max_macs=max_macs)
-        elif isinstance(instance, str):
-            instance = SDPointInstance.from_name(instance)
-        images = self._check_images(images)
-        batches = np.split(images, range(_LARGEST_BATCH, len(images), _LARGEST_BATCH)) if len(images) else []
-        logits = [self._predict_batch(batch, instance) for batch in batches]
-        return np.concatenate([np.empty((0, self._model.num_classes), np.float32), *logits])
+        chosen = self.select(max_macs=max_macs) if instance is None else self._find(instance)
+        images, sizes = self._check_images(images), self._batch_sizes(chosen)
+        starts = range(0, len(images), sizes[-1])
+        logits = [self._predict_batch(images[start : start + sizes[-1]], chosen, sizes) for start in starts]
+        return np.concatenate([np.empty((0, len(self.class_names)), np.float32), *logits])
 
-    def _predict_batch(self, images, instance):
-        padded = 1 << (len(images) - 1).bit_length()
-        images_and_padding = np.pad(images, [(0, padded - len(images)), (0, 0), (0, 0), (0, 0)])
-        return np.asarray(self._program(instance)(self._params, images_and_padding))[: len(images)]
+    def _predict_batch(self, images, instance, sizes):
+        size = next(size for size in sizes if size >= len(images))
+        padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]) if size > len(images) else images
+        program = self.programs[instance, size]
+        logits = program(self._params, self._batch_stats[instance], jax.device_put(padded, self.programs.device))
+        return np.asarray(logits)[: len(images)]
 
-    def _program(self, instance):
-        if instance not in self._programs:
-            if instance not in self.instances:
-                raise ValueError(
-                    f"instance {instance.name}: its statistics were not re-estimated; the artefact has "
-                    f"{', '.join(row['instance'] for row in self.table)}"
-                )
-            batch_stats = jax.device_put(self._batch_stats.get(instance.name, {}))
+    def _batch_sizes(self, instance) -> Sequence[int]:
+        """Returns the batch sizes that `instance` may run at, ascending."""
+        if not self._compiled:
+            return [1 << power for power in range(_LARGEST_BATCH.bit_length())]
+        if instance not in self._compiled:
+            names = ", ".join(compiled.name for compiled in self._compiled)
+            raise ValueError(f"instance {instance.name}: not compiled; compiled are {names}")
+        return self._compiled[instance]
 
-            def apply(params, batch_stats, images):
-                variables = {"params": params, "batch_stats": batch_stats}
-                return self._model.apply(variables, self._preprocess(images), instance=instance, train=False)
-
-            program = jax.jit(apply, compiler_options=compiler_options())
-            self._programs[instance] = lambda params, images: program(params, batch_stats, images)
-        return self._programs[instance]
+    def _find(self, instance) -> SDPointInstance:
+        """Returns the instance, or the one of that name; raises ValueError if it was not swept."""
+        found = SDPointInstance.from_name(instance) if isinstance(instance, str) else instance
+        return self._artefact.row(found).instance
 
     def _check_images(self, images):
         images = np.asarray(images)
@@ -133,35 +155,3 @@ class Predictor:
             wanted = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images {images.dtype} {list(images.shape)}: needs uint8 [B, {wanted}]")
         return images
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the instance for a budget: python -m sdpoint_jax.serving.predictor ARTEFACT --max-macs=500000"""
-    parser = _Parser(prog="python -m sdpoint_jax.serving.predictor", description="Picks the instance for a budget.")
-    parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--max-macs", type=float, help="the most MACs that one image may cost")
-    budget.add_argument("--relative-budget", type=float, help="likewise, as a share of the dearest instance's MACs")
-    options = parser.parse_args(arguments)
-    try:
-        predictor = Predictor.load(options.artefact)
-        dearest = max(row["macs"] for row in predictor.table)
-        max_macs = options.max_macs if options.max_macs is not None else options.relative_budget * dearest
-        instance = predictor.select(max_macs=max_macs)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    row = next(row for row in predictor.table if row["instance"] == instance.name)
-    print(
-        f"budget of {max_macs:,.0f} MACs: instance {instance.name}, {row['macs']:,} MACs "
-        f"({100 * row['macs'] / dearest:.0f} % of the dearest), top-1 {100 * row['top1']:.2f} %"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Replaying one step of a run that was not finite, to see where that begins."""
+"""Replays one step of a run that was not finite, to see where that begins."""
 
 import pathlib
 
@@ -9,8 +9,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sdpoint_jax.programs.devices import replicate, shard
-from sdpoint_jax.training import restore as starting
-from sdpoint_jax.training.plan import Recipe, control
+from sdpoint_jax.training import restore
+from sdpoint_jax.training.plan import Plan
+from sdpoint_jax.training.step import Control
 
 
 def replay(config: ConfigDict, workdir: pathlib.Path, step: int) -> str:
@@ -22,14 +23,14 @@ def replay(config: ConfigDict, workdir: pathlib.Path, step: int) -> str:
     Raises:
         ValueError: a workdir of another config, or without a sound checkpoint of `step`.
     """
-    starting.check_workdir(config, workdir)
-    recipe = Recipe(config)
-    state, _ = starting.restore(config, workdir, recipe.create_state(), step)
-    with recipe.experiment.training_batches(step) as batches:
+    restore.check_workdir(config, workdir)
+    plan = Plan(config)
+    state = restore.restore_step(plan, workdir, step).train
+    with plan.experiment.training_batches(step) as batches:
         batch = shard(next(iter(batches)))
-    program = recipe.programs(state).gradients(recipe.draw(step))
-    grads, metrics = jax.device_get(program(replicate(state.params), control(step), batch))
-    return _format(recipe.describe(step), grads, float(metrics["loss"]))
+    program = plan.programs(state).gradients(plan.draw(step))
+    grads, metrics = jax.device_get(program(replicate(state.params), Control(step).shard(), batch))
+    return _format(plan.describe(step), grads, float(metrics["loss"]))
 
 
 def _format(what, grads, loss):

@@ -1,7 +1,10 @@
 """What a run starts from: the config in its workdir, its newest checkpoint, or parameters from elsewhere."""
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -12,10 +15,78 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax.config import differences, from_dict, to_dict
 from sdpoint_jax.experiment import Experiment
+from sdpoint_jax.programs.evaluator import Metrics
 from sdpoint_jax.storage import checkpoint, files
+from sdpoint_jax.training.plan import Plan
 from sdpoint_jax.training.step import TrainState
 
 CONFIG = "config.json"
+_LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
+
+
+@dataclasses.dataclass
+class RunState:
+    """What the loop carries from step to step, and a checkpoint keeps.
+
+    Attributes:
+        train: parameters and optimiser.
+        step: how many steps are done.
+        validation: metrics of the last validation, by instance name; None before the first.
+        validated_at: the step after which that was.
+        skipped: steps that were not finite and had no effect.
+    """
+
+    train: TrainState
+    step: int = 0
+    validation: dict[str, Metrics] | None = None
+    validated_at: int = 0
+    skipped: int = 0
+
+    def to_record(self, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns (arrays, record) of a checkpoint: host arrays, and what JSON holds."""
+        validation = self.validation and {name: dataclasses.asdict(value) for name, value in self.validation.items()}
+        record = {
+            "config": to_dict(plan.config),
+            "step": self.step,
+            "examples_seen": self.step * plan.config.batch_size,
+            "class_names": list(plan.experiment.dataset.class_names),
+            "validation": validation,
+            "validated_at": self.validated_at,
+            "skipped": self.skipped,
+            "versions": {name: metadata.version(name) for name in _LIBRARIES},
+        }
+        return serialization.to_state_dict(jax.device_get(self.train)), record
+
+    @classmethod
+    def from_record(cls, train: TrainState, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> "RunState":
+        """Returns the inverse of `to_record`; the values of `train` are not used."""
+        found = record["validation"]
+        return cls(
+            serialization.from_state_dict(train, arrays),
+            record["step"],
+            found and {name: Metrics(**values) for name, values in found.items()},
+            record["validated_at"],
+            record["skipped"],
+        )
+
+
+def score(record: Mapping[str, Any], best_metric: str) -> float | None:
+    """Scores a checkpoint's record by `config.best_metric`, the higher the better; None without a validation."""
+    instance, _, metric = best_metric.partition("/")
+    if not record.get("validation") or record["validated_at"] != record["step"]:
+        return None
+    value = record["validation"].get(instance, {}).get(metric)
+    return -value if metric == "loss" and value is not None else value
+
+
+def check_best_metric(plan: Plan) -> None:
+    """Raises ValueError unless `config.best_metric` names a validation instance and top1 or loss."""
+    instance, _, metric = plan.config.best_metric.partition("/")
+    names = [instance.name for instance in plan.validation_instances]
+    if instance not in names or metric not in ("top1", "loss"):
+        raise ValueError(
+            f"config.best_metric {plan.config.best_metric!r}: valid are {', '.join(names)}, each with /top1 or /loss"
+        )
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -35,46 +106,39 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     files.write_atomically(workdir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def restore_newest(
-    config: ConfigDict, workdir: pathlib.Path, state: TrainState
-) -> tuple[TrainState, dict[str, Any]] | None:
-    """The state and record of the newest sound checkpoint of a run; None if it has none yet.
+def restore_or_create(plan: Plan, workdir: pathlib.Path) -> RunState:
+    """Returns what a run starts from: its newest sound checkpoint, `config.init_from`, or drawn parameters.
 
     Args:
-        config: of the run.
+        plan: of the run.
         workdir: of the run, the same folder for all hosts.
-        state: of the net of `config`; its values are not used.
 
     Raises:
-        CheckpointError: none of the checkpoints is sound.
-        ValueError: they are of another config, or the hosts do not see the same ones.
+        CheckpointError: none of the run's checkpoints is sound.
+        ValueError: they are of another config, or the hosts do not see the same ones; or `config.init_from` does not
+            fit the net.
     """
-    found = checkpoint.newest(workdir / checkpoint.CHECKPOINTS)
+    state, folder = plan.create_state(), workdir / checkpoint.CHECKPOINTS
+    found = checkpoint.newest(folder)
     _check_same_on_all_hosts(found[0] if found else -1, workdir)
-    return found and _fill(config, workdir / checkpoint.CHECKPOINTS / str(found[0]), state, *found[1:])
+    if found:
+        return _from_checkpoint(plan.config, folder / str(found[0]), state, *found[1:])
+    if plan.config.init_from:
+        state = state.replace(params=_initial_params(plan.experiment, state.params))
+    return RunState(state)
 
 
-def restore(
-    config: ConfigDict, workdir: pathlib.Path, state: TrainState, step: int
-) -> tuple[TrainState, dict[str, Any]]:
-    """Likewise, of the checkpoint of one step; raises CheckpointError if that is missing or damaged."""
+def restore_step(plan: Plan, workdir: pathlib.Path, step: int) -> RunState:
+    """Returns the checkpoint of one step; raises CheckpointError if that is missing or damaged."""
     path = workdir / checkpoint.CHECKPOINTS / str(step)
     if not path.exists():
         there = ", ".join(map(str, checkpoint.list_steps(path.parent))) or "none"
         raise checkpoint.CheckpointError(f"{path}: no such checkpoint; there are {there}")
-    return _fill(config, path, state, *checkpoint.load(path))
+    return _from_checkpoint(plan.config, path, plan.create_state(), *checkpoint.load(path))
 
 
-def initial_params(experiment: Experiment, drawn: dict[str, Any]) -> dict[str, Any]:
-    """The parameters in the checkpoint `config.init_from`, but for a classifier that is to be drawn anew.
-
-    Args:
-        experiment: its config names the checkpoint.
-        drawn: parameters of the net.
-
-    Raises:
-        ValueError: they do not fit the net, or there are none.
-    """
+def _initial_params(experiment: Experiment, drawn):
+    """Returns the parameters in `config.init_from`, but for a classifier that is to be drawn anew."""
     source = experiment.config.init_from
     arrays, _ = checkpoint.load_newest(source)
     params = arrays["params"]
@@ -88,11 +152,11 @@ def initial_params(experiment: Experiment, drawn: dict[str, Any]) -> dict[str, A
     return params
 
 
-def _fill(config, path, state, arrays, record):
+def _from_checkpoint(config, path, state, arrays, record):
     if not isinstance(record, dict) or not {"config", "step", "validation"} <= record.keys():
         raise checkpoint.CheckpointError(f"{path}: not the checkpoint of a run")
     _check_same(config, record["config"], path)
-    return serialization.from_state_dict(state, arrays), record
+    return RunState.from_record(state, arrays, record)
 
 
 def _check_same(config, there, where):

@@ -2,8 +2,8 @@
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -12,8 +12,11 @@ import numpy as np
 import optax
 
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, shapes_of
+from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, shapes_of, shard
 
+PyTree = Any
 _UPDATE = "update"  # The key of the program that all instances share.
 
 
@@ -32,10 +35,34 @@ class TrainState:
     opt_state: Any
 
 
+class Control(NamedTuple):
+    """What a host says to the program of a step, and hears from it once all hosts agree.
+
+    Attributes:
+        step: the host's number of the step.
+        stop: whether to stop after it; any host may ask for that.
+        save: whether to save after it; the main host may ask for that.
+    """
+
+    step: Any
+    stop: Any = False
+    save: Any = False
+
+    def shard(self) -> "Control":
+        """Puts it on this host's devices: each field int32 [devices]."""
+        fields = {name: np.full(jax.local_device_count(), value, np.int32) for name, value in self._asdict().items()}
+        return Control(**shard(fields))
+
+    @classmethod
+    def shapes(cls) -> "Control":
+        """Returns the shapes of what `shard` makes."""
+        return cls(*[jax.ShapeDtypeStruct((jax.device_count(), 1), np.int32)] * 3)
+
+
 def create_state(
-    model, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
+    model: ResNet, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
 ) -> TrainState:
-    """The state before step 0, on the host, with parameters drawn from `seed`; `image_shape` is (H, W, C)."""
+    """Makes the state before step 0, on the host, with parameters drawn from `seed`; `image_shape` is (H, W, C)."""
 
     @jax.jit
     def init(key):
@@ -45,62 +72,32 @@ def create_state(
     return jax.device_get(init(jax.random.key(seed)))
 
 
-def sgd(momentum: float, nesterov: bool, weight_decay: float, clip_norm: float = 0.0) -> optax.GradientTransformation:
-    """SGD as PyTorch defines it, but for the learning rate, which the training step applies.
-
-    Args:
-        momentum: of the gradients, weight decay included.
-        nesterov: whether to look ahead by it.
-        weight_decay: L2 coefficient on every parameter.
-        clip_norm: the largest global norm of the gradients; 0 for no limit.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        optax.add_decayed_weights(weight_decay),
-        optax.trace(momentum, nesterov),
-    )
-
-
-def normalize(images, mean: tuple[float, ...], std: tuple[float, ...]):
-    """uint8 images [..., C] to float32, less `mean` and over `std`, one each per channel on the scale 0..1."""
-    shape = (1,) * (images.ndim - 1) + (-1,)
-    mean, std = jnp.asarray(mean, jnp.float32).reshape(shape), jnp.asarray(std, jnp.float32).reshape(shape)
-    return (images.astype(jnp.float32) / 255 - mean) / std
-
-
-def cross_entropy(logits, labels, label_smoothing: float = 0.0):
-    """Cross-entropy [B] of logits [B, K] and labels [B]; smoothing moves that share to the uniform distribution."""
-    if not label_smoothing:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
-
-
 def gradient_step(
-    params,
-    control,
-    batch,
+    params: PyTree,
+    control: Control,
+    batch: Mapping[str, jax.Array],
     *,
-    model,
+    model: ResNet,
     instance: SDPointInstance,
-    preprocess,
+    preprocess: Callable[[jax.Array], jax.Array],
     label_smoothing: float = 0.0,
     microbatches: int = 1,
-):
-    """Forward and backward of one instance on one device of `AXIS`: all that differs between instances.
+) -> tuple[PyTree, dict[str, Any]]:
+    """Runs forward and backward of one instance on one device of `AXIS`: all that differs between instances.
 
     Args:
         params: replicated.
-        control: int32 [1 + flags]: the host's number of the step, then flags of which all hosts see the largest.
+        control: each field int32 [1].
         batch: this device's `images` [b, H, W, C] uint8 and `labels` [b].
         model: the net; with its `axis_name` None, each device (and microbatch) normalises by itself.
         instance: static.
-        preprocess: uint8 images to the net's input.
+        preprocess: maps uint8 images to the net's input.
         label_smoothing: see `cross_entropy`.
         microbatches: passes over which the batch is split, to save memory.
 
     Returns:
-        (grads, metrics): both means over all devices; metrics are `loss`, `accuracy` and the `flags`.
+        (grads, metrics): both means over all devices; metrics are `loss`, `accuracy` and `agreed`, the control in
+        which all hosts see what any of them asks for.
     """
 
     def loss_and_accuracy(params, images, labels):
@@ -114,11 +111,12 @@ def gradient_step(
     parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
     result = _mean_over(functools.partial(value_and_grad, params), parts, microbatches)
     (loss, accuracy), grads = jax.lax.pmean(result, AXIS)
-    return grads, {"loss": loss, "accuracy": accuracy, "flags": jax.lax.pmax(control[1:], AXIS)}
+    agreed = jax.lax.pmax(jax.tree.map(lambda x: x[0], control), AXIS)
+    return grads, {"loss": loss, "accuracy": accuracy, "agreed": agreed}
 
 
 def _mean_over(function, parts, count):
-    """The mean of `function(**part)` over the parts, one after the other."""
+    """Averages `function(**part)` over the parts, one after the other."""
     if count == 1:
         return function(**jax.tree.map(lambda x: x[0], parts))
 
@@ -137,20 +135,20 @@ def _mean_over(function, parts, count):
 
 def update_step(
     state: TrainState,
-    control,
-    grads,
-    metrics,
+    control: Control,
+    grads: PyTree,
+    metrics: dict[str, Any],
     *,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     skip_nonfinite: bool = False,
-):
+) -> tuple[TrainState, dict[str, Any]]:
     """Applies gradients, on one device: the same program for every instance.
 
     Args:
         state: before the step.
         control, grads, metrics: see `gradient_step`.
-        optimizer: see `sgd`.
+        optimizer: without the learning rate, see `optimizer.SGD`.
         schedule: learning rate at a step.
         skip_nonfinite: whether a step whose loss or gradients are not finite counts, without an effect. Otherwise
             the state stays as it was before that step, also through later steps.
@@ -164,7 +162,7 @@ def update_step(
     params = jax.tree.map(lambda param, update: param - learning_rate * update, state.params, updates)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    applies = finite & (state.step == control[0])
+    applies = finite & (state.step == control.step[0])
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(applies, new, old), (params, opt_state), (state.params, state.opt_state)
     )
@@ -179,23 +177,31 @@ class TrainPrograms:
     A step is two programs: an instance's own for the gradients, from the switch, and a shared one for the update.
     """
 
-    def __init__(self, state: TrainState, control, batch, *, optimizer, schedule, skip_nonfinite=False, **kwargs):
+    def __init__(
+        self,
+        state: TrainState,
+        batch: Mapping[str, Any],
+        *,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
+    ):
         """Builds from shapes; compiles nothing yet.
 
         Args:
             state: `TrainState` or its shapes.
-            control: sharded, or its shape: [devices, 1 + flags].
-            batch: sharded, or its shapes; see `devices.shard`.
+            batch: sharded, or its shapes; see `devices.shard` and `devices.shape_of_shards`.
             optimizer, schedule, skip_nonfinite: see `update_step`.
             **kwargs: of `gradient_step`, without the instance.
         """
-        state, control, batch = shapes_of((state, control, batch))
+        state, batch, control = *shapes_of((state, batch)), Control.shapes()
         update = functools.partial(update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite)
 
         metrics = {
             "loss": jax.ShapeDtypeStruct((), np.float32),
             "accuracy": jax.ShapeDtypeStruct((), np.float32),
-            "flags": jax.ShapeDtypeStruct((control.shape[-1] - 1,), np.int32),
+            "agreed": Control(*[jax.ShapeDtypeStruct((), np.int32)] * 3),
         }
 
         def build(key):
@@ -210,15 +216,16 @@ class TrainPrograms:
 
         self._programs = Switch(build, shapes)
 
-    def compile(self, instances: Iterable[SDPointInstance], workers: int) -> Iterator[tuple[Hashable, float]]:
+    def compile(self, instances: Iterable[SDPointInstance], workers: int = 0) -> Iterator[tuple[Hashable, float]]:
         """Compiles ahead of time; see `Switch.compile`."""
         return self._programs.compile([_UPDATE, *instances], workers)
 
     def gradients(self, instance: SDPointInstance) -> Callable:
-        """The first of the two alone; see `gradient_step`."""
+        """Returns the first of the two programs alone; see `gradient_step`."""
         return self._programs[instance]
 
-    def __getitem__(self, instance: SDPointInstance) -> Callable:
+    def __getitem__(self, instance: SDPointInstance) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+        """Returns the step of `instance`, its programs compiled now if they are not."""
         gradient, update = self._programs[instance], self._programs[_UPDATE]
 
         def step(state, control, batch):
@@ -227,5 +234,5 @@ class TrainPrograms:
         return step
 
     def __len__(self) -> int:
-        """How many programs have been compiled."""
+        """Counts the programs that are compiled."""
         return len(self._programs)

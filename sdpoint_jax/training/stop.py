@@ -1,13 +1,10 @@
-"""What may come between a run and its end: a request to stop, or a second run in the same workdir."""
+"""A request to stop a run: SIGTERM or Ctrl-C."""
 
-import fcntl
 import os
-import pathlib
 import signal
 import sys
 
 STOPPED = 75  # Exit code after a stop on request (EX_TEMPFAIL): the same command goes on.
-LOCK = "lock"
 
 
 class StopSignals:
@@ -19,10 +16,11 @@ class StopSignals:
             once, with `STOPPED`.
     """
 
-    received = False
-    unsaved = False
+    def __init__(self):
+        self.received = self.unsaved = False
+        self._previous = {}
 
-    def __enter__(self):
+    def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -37,32 +35,3 @@ class StopSignals:
             os._exit(STOPPED)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # The system's own: it waits for no Python code.
-
-
-class WorkdirLock:
-    """As a context, keeps other runs out of a workdir; the system releases it however the process ends."""
-
-    def __init__(self, workdir: pathlib.Path):
-        self._path = workdir / LOCK
-
-    def __enter__(self):
-        """Raises ValueError if another process holds the lock, OSError where the workdir cannot be written to."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "?"
-            self._file.close()
-            raise ValueError(f"workdir {self._path.parent}: in use by another run (process {holder})") from None
-        try:
-            self._file.truncate(0)
-            self._file.write(str(os.getpid()))
-            self._file.flush()
-        except OSError as error:
-            raise OSError(f"{self._path}: could not be written: {error.strerror}") from error
-        return self
-
-    def __exit__(self, *_):
-        self._file.close()

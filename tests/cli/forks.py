@@ -1,7 +1,7 @@
 """Runs many commands in processes of their own, which a process forks that has imported everything already.
 
-python tests/cli/forks.py CASES RESULTS: reads a JSON list of [command, *arguments], where a command is a file or a
-module, and writes a JSON list of {"code", "out", "error"}. No JAX backend starts before a fork.
+python tests/cli/forks.py CASES RESULTS: reads a JSON list of [command, *arguments], where a command is a script or one
+of the package's, and writes a JSON list of {"code", "out", "error"}. No JAX backend starts before a fork.
 """
 
 import json
@@ -36,15 +36,14 @@ def _become(command, arguments, out, error):
     os.dup2(out, 1)
     os.dup2(error, 2)
     signal.alarm(TIMEOUT)
-    sys.argv = [command, *arguments]
+    sys.argv = ["sdpoint_jax", command, *arguments]
     code = 1
     try:
         if command.endswith(".py"):
-            sys.path.insert(0, str(ROOT))
+            sys.argv = [command, *arguments]
             runpy.run_path(str(ROOT / command), run_name="__main__")
         else:
-            sys.modules.pop(command, None)  # Else runpy warns.
-            runpy.run_module(command, run_name="__main__", alter_sys=True)
+            runpy.run_module("sdpoint_jax", run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -61,17 +60,9 @@ def main(cases, results):
 
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    for module in (
-        "cli.command",
-        "training.loop",
-        "training.replay",
-        "evaluation.sweep",
-        "serving.predictor",
-        "profiling.macs",
-        "models.torch_import",
-        "data.prepare",
-    ):
+    for module in ("cli.main", "training.loop", "training.replay", "evaluation.sweep", "serving.predictor"):
         importlib.import_module(f"sdpoint_jax.{module}")
+    importlib.import_module("sdpoint_jax.models.torch_import")
     warnings.filterwarnings("ignore", message="os.fork")  # No thread of JAX runs yet.
     found = [run(command, arguments) for command, *arguments in json.loads(pathlib.Path(cases).read_text())]
     pathlib.Path(results).write_text(json.dumps(found))

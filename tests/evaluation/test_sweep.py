@@ -1,68 +1,50 @@
 import csv
+import dataclasses
 import json
 from types import SimpleNamespace
 
-import chex
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny
 
-from sdpoint_jax.evaluation import sweep
-from sdpoint_jax.experiment import Experiment
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.evaluation import plot, sweep, table
+from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.serving.predictor import Predictor, main
-from sdpoint_jax.storage import checkpoint
-from sdpoint_jax.training.step import normalize
+from sdpoint_jax.storage.artefact import InstanceRow
+from sdpoint_jax.storage.lock import FolderLock
 
 
-@pytest.fixture(scope="module")
-def experiment():
-    return Experiment(tiny.config(instances="all"))
+@pytest.fixture
+def experiment(swept):
+    return swept.experiment
 
 
-@pytest.fixture(scope="module")
-def params(experiment):
-    return tiny.variables(experiment.model)["params"]
-
-
-@pytest.fixture(scope="module")
-def swept(experiment, params, tmp_path_factory):
-    output = tmp_path_factory.mktemp("sweep")
-    rows = sweep.sweep(experiment, params, experiment.instances, output, split="test")
-    return output, rows
+@pytest.fixture
+def params(swept):
+    return swept.params
 
 
 def test_every_instance_has_a_row(experiment, swept):
-    _, rows = swept
-    assert [row["instance"] for row in rows] == [instance.name for instance in experiment.model.instances()]
-    assert all(row["n"] == 400 and 0 <= row["top1"] <= row["top5"] <= 1 for row in rows)
-    assert rows[0]["macs"] == max(row["macs"] for row in rows)
-    halves = [row["macs"] for row in rows if row["ratio"] == 0.5]
-    assert halves == sorted(halves)  # Later is dearer.
-    assert {row["reestimated_from"] for row in rows} == {"augmented training images"}
+    rows = swept.rows
+    assert [row.instance for row in rows] == list(experiment.model.instances())
+    assert all(row.n == 400 and 0 <= row.top1 <= row.top5 <= 1 for row in rows)
+    assert rows[0].macs == max(row.macs for row in rows)
+    halves = [row.macs for row in rows if row.instance.ratio == 0.5]
+    assert halves == sorted(halves)  # The later the point, the higher the cost.
+    assert {row.reestimated_from for row in rows} == {"augmented training images"}
 
 
 def test_the_files_hold_the_table(swept):
-    output, rows = swept
-    assert json.loads((output / "sweep.json").read_text())["instances"] == rows
+    output, rows = swept.folder, swept.rows
+    assert json.loads((output / "sweep.json").read_text())["instances"] == [row.to_record() for row in rows]
     with (output / "sweep.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert [(row["instance"], int(row["macs"]), float(row["top1"])) for row in table] == [
-        (row["instance"], row["macs"], row["top1"]) for row in rows
+        lines = list(csv.DictReader(file))
+    assert [(row["instance"], int(row["macs"]), float(row["top1"])) for row in lines] == [
+        (row.name, row.macs, row.top1) for row in rows
     ]
     assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in output.iterdir()) == ["artefact", "sweep.csv", "sweep.json", "sweep.png"]
-
-
-def test_the_artefact_holds_parameters_once_and_statistics_of_each_instance(swept, params):
-    output, rows = swept
-    arrays, record = checkpoint.load(output / "artefact")
-    chex.assert_trees_all_equal(arrays["params"], params)
-    assert set(arrays["batch_stats"]) == {row["instance"] for row in rows}
-    assert record["table"] == rows
+    files = ["artefact", "lock", "sweep.csv", "sweep.json", "sweep.png"]
+    assert sorted(path.name for path in output.iterdir()) == files
 
 
 def test_an_interrupted_sweep_measures_only_what_is_missing(experiment, params, swept, tmp_path, monkeypatch):
@@ -82,8 +64,9 @@ def test_an_interrupted_sweep_measures_only_what_is_missing(experiment, params, 
     assert not (tmp_path / "sweep.json").exists()
     rows = sweep.sweep(experiment, params, instances, tmp_path, split="test")
     assert measured == [instances[0].name, instances[3].name, instances[3].name]
-    for row, other in zip(rows, swept[1]):
-        assert row == other | {"loss": pytest.approx(other["loss"], rel=1e-4), "top1": row["top1"], "top5": row["top5"]}
+    for row, other in zip(rows, swept.rows):
+        assert row == dataclasses.replace(other, loss=row.loss, top1=row.top1, top5=row.top5)
+        assert row.loss == pytest.approx(other.loss, rel=1e-4)
     # Other parameters are another sweep.
     moved = jax.tree.map(lambda x: x + 1e-3, params)
     sweep.sweep(experiment, moved, instances[:3], tmp_path, split="test")
@@ -101,7 +84,7 @@ def test_sharing_layers_costs_a_third_of_one_by_one():
 
 def test_a_damaged_part_of_an_interrupted_sweep_is_measured_again(experiment, params, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "_GROUP", 1)
-    monkeypatch.setattr(sweep, "plot", lambda *_, **__: 1 / 0)  # As late as can be.
+    monkeypatch.setattr(sweep.plot, "plot_macs", lambda *_, **__: 1 / 0)  # As late as can be.
     instances, measured = experiment.instances[:2], []
     measure = sweep._measure
     monkeypatch.setattr(sweep, "_measure", lambda *args: measured.append(args[2][0].name) or measure(*args))
@@ -117,29 +100,20 @@ def test_a_damaged_part_of_an_interrupted_sweep_is_measured_again(experiment, pa
     assert f"measuring again: {tmp_path}/partial/{instances[1].name}: damaged" in capsys.readouterr().out
 
 
-def row(name, macs, top1):
-    instance = SDPointInstance.from_name(name)
-    return {
-        "instance": name,
-        "point": instance.point,
-        "ratio": instance.ratio,
-        "macs": macs,
-        "top1": top1,
-        "top5": None,
-        "loss": 1.0,
-        "n": 9,
-    }
-
-
-ROWS = [row("full", 100, 0.9), row("p01_r0.50", 30, 0.7), row("p01_r0.75", 60, 0.65), row("p02_r0.50", 60, 0.92)]
+ROWS = [
+    tiny.row("full", 100, 0.9),
+    tiny.row("p01_r0.50", 30, 0.7),
+    tiny.row("p01_r0.75", 60, 0.65),
+    tiny.row("p02_r0.50", 60, 0.92),
+]
 
 
 def test_the_pareto_front_holds_what_nothing_beats():
-    assert [found["instance"] for found in sweep.pareto_front(ROWS)] == ["p01_r0.50", "p02_r0.50"]
+    assert [found.name for found in table.pareto_front(ROWS)] == ["p01_r0.50", "p02_r0.50"]
 
 
 def test_the_table_marks_the_front():
-    lines = sweep.format_table(ROWS).splitlines()
+    lines = table.format_table(ROWS).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("* p")] == ["p01_r0.50", "p02_r0.50"]
     assert "30 %" in lines[2] and "70.00 %" in lines[2]
 
@@ -148,97 +122,20 @@ def test_a_baseline_comes_from_another_sweep(tmp_path):
     with pytest.raises(
         ValueError, match=f"baseline {tmp_path}: no .*; first run: python evaluate.py --workdir={tmp_path}"
     ):
-        sweep.baseline_row(tmp_path)
+        table.read_baseline(tmp_path)
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"instances": ROWS}))
-    assert sweep.baseline_row(tmp_path) == ROWS[0]
-    sweep.plot(ROWS, tmp_path / "plot.png", title="x", baseline=ROWS[0])
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"instances": [row.to_record() for row in ROWS]}))
+    assert table.read_baseline(tmp_path) == ROWS[0]
+    plot.plot_macs(ROWS, tmp_path / "plot.png", title="x", baseline=ROWS[0])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-@pytest.fixture(scope="module")
-def predictor(swept):
-    return Predictor.load(swept[0] / "artefact")
+def test_two_sweeps_of_one_folder_do_not_meet(experiment, params, tmp_path):
+    with FolderLock(tmp_path, "output folder"), pytest.raises(ValueError, match="output folder .*: in use by another"):
+        sweep.sweep(experiment, params, experiment.instances, tmp_path, split="test")
 
 
-@pytest.fixture(scope="module")
-def test_images(experiment):
-    batch = next(iter(experiment.evaluation_batches("test")))
-    return batch["images"], batch["labels"]
-
-
-def test_the_most_accurate_instance_within_the_budget_is_picked():
-    record = {
-        "table": ROWS,
-        "class_names": ["a", "b"],
-        "image_shape": [8, 8, 1],
-        "num_classes": 2,
-        "mean": [0.5],
-        "std": [0.2],
-    }
-    predictor = Predictor({}, {}, record | {"model": {"name": "wrn10_1", "dtype": "float32"}})
-    picked = [predictor.select(max_macs=budget).name for budget in (30, 59, 60, 99, 1000, None)]
-    assert picked == ["p01_r0.50", "p01_r0.50", "p02_r0.50", "p02_r0.50", "p02_r0.50", "p02_r0.50"]
-    with pytest.raises(ValueError, match="max_macs 29: the cheapest instance, p01_r0.50, needs 30 MACs"):
-        predictor.select(max_macs=29)
-
-
-@pytest.mark.parametrize("name", ["full", "p01_r0.50", "p03_r0.75"])
-def test_predictions_are_those_of_the_net_with_the_instances_statistics(
-    experiment, swept, predictor, test_images, name
-):
-    arrays, _ = checkpoint.load(swept[0] / "artefact")
-    images = normalize(jnp.asarray(test_images[0][:13]), (0.305,), (0.376,))
-    variables = {"params": arrays["params"], "batch_stats": arrays["batch_stats"][name]}
-    instance = SDPointInstance.from_name(name)
-    expected = experiment.model.apply(variables, images, instance=instance, train=False)
-    for given in (name, instance):
-        np.testing.assert_allclose(
-            predictor.predict(test_images[0][:13], instance=given), expected, rtol=1e-4, atol=1e-5
-        )
-
-
-def test_the_predictor_is_as_accurate_as_the_table_says(experiment, predictor):
-    batches = [b for b in experiment.evaluation_batches("test")]
-    images = np.concatenate([b["images"] for b in batches])[:400]
-    labels = np.concatenate([b["labels"] for b in batches])[:400]
-    for found in predictor.table:
-        top1 = (predictor.predict(images, instance=found["instance"]).argmax(1) == labels).mean()
-        assert top1 == pytest.approx(found["top1"], abs=1 / 400)
-
-
-def test_a_budget_uses_the_instance_that_select_names(predictor, test_images):
-    cheapest = min(predictor.table, key=lambda found: found["macs"])
-    by_budget = predictor.predict(test_images[0], max_macs=cheapest["macs"])
-    np.testing.assert_array_equal(by_budget, predictor.predict(test_images[0], instance=cheapest["instance"]))
-    assert predictor.predict(test_images[0][:0]).shape == (0, 10)
-
-
-def test_an_instance_that_was_not_swept_is_refused(experiment, params, tmp_path):
-    sweep.sweep(experiment, params, (FULL_RESOLUTION,), tmp_path, split="test")
-    predictor = Predictor.load(tmp_path / "artefact")
-    with pytest.raises(ValueError, match="p02_r0.50: its statistics were not re-estimated; the artefact has full"):
-        predictor.predict(np.zeros((1, 8, 8, 1), np.uint8), instance="p02_r0.50")
-
-
-@pytest.mark.parametrize(
-    "images", [np.zeros((2, 8, 8, 1)), np.zeros((8, 8, 1), np.uint8), np.zeros((2, 8, 9, 1), np.uint8)]
-)
-def test_images_of_another_kind_are_refused(predictor, images):
-    with pytest.raises(ValueError, match=r"images .*: needs uint8 \[B, 8, 8, 1\]"):
-        predictor.predict(images)
-
-
-def test_a_checkpoint_of_a_run_is_no_artefact(tmp_path, params):
-    checkpoint.save(tmp_path / "run", {"params": params}, {"config": {}})
-    with pytest.raises(checkpoint.CheckpointError, match="not the artefact of a sweep"):
-        Predictor.load(tmp_path / "run")
-
-
-def test_the_command_picks(swept, capsys):
-    output, rows = swept
-    main([str(output / "artefact"), "--relative-budget=0.99"])
-    assert "budget of" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main([str(output / "artefact"), "--max-macs=1"])
-    assert capsys.readouterr().err.startswith("error: max_macs 1: the cheapest instance")
+def test_a_table_is_read_as_it_was_written():
+    assert [InstanceRow.from_record(json.loads(json.dumps(row.to_record()))) for row in ROWS] == ROWS
+    with pytest.raises(ValueError, match="not a row of a sweep's table: .*macs"):
+        InstanceRow.from_record({"instance": "full"})

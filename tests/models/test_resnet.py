@@ -11,9 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.architecture import Architecture
+from sdpoint_jax.models.blocks import PreActivationBlock
 from sdpoint_jax.models.convolution import _pointwise_as_dot, convolution
 from sdpoint_jax.models.registry import ARCHITECTURES, architecture, create_model
-from sdpoint_jax.models.resnet import Architecture, PreActivationBlock, ResNet
+from sdpoint_jax.models.resnet import ResNet
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 # A block of every kind, with and without projection; small images unless named ImageNet.
@@ -133,16 +135,22 @@ def _block_outputs(model, variables, images, instance):
 
 
 @pytest.mark.parametrize("kind", NETS)
-def test_the_forward_is_its_positions_in_a_row(kind):
+def test_the_forward_is_prefix_and_suffix_of_any_point_that_is_shared(kind):
     model, variables, images = _net(kind)
+    run = functools.partial(model.apply, variables, train=False)
     for instance in (FULL_RESOLUTION, SDPointInstance(2, 0.5)):
-        run = functools.partial(model.apply, variables, train=False)
-        x = run(images, method="to_first_position")
-        whole = run(images, instance=instance)
-        for k in range(model.num_blocks + 1):
-            np.testing.assert_array_equal(run(x, k, instance=instance, method="from_position"), whole)
-            if k < model.num_blocks:
-                x = run(x, k, instance=instance, method="next_position")
+        whole, x, start = run(images, instance=instance), run(images, STEM, method="prefix"), STEM
+        for point in (STEM, *range(1, model.last_shared_point(instance) + 1)):
+            x, start = run(x, start, point, method="between"), point
+            np.testing.assert_array_equal(run(x, point, instance=instance, method="suffix"), whole)
+            np.testing.assert_array_equal(run(images, point, method="prefix"), x)
+
+
+def test_a_suffix_does_not_start_after_the_point_of_its_instance():
+    model, variables, images = _net("basic")
+    x = model.apply(variables, images, 2, train=False, method="prefix")
+    with pytest.raises(ValueError, match="instance p01_r0.50 downsamples before point 2"):
+        model.apply(variables, x, 2, instance=SDPointInstance(1, 0.5), train=False, method="suffix")
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])

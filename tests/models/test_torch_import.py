@@ -4,13 +4,13 @@ import pathlib
 import pickle
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
 import torch_formulation as formulation
 from flax.traverse_util import flatten_dict
 
-from sdpoint_jax.models import torch_import
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.torch_import import import_torch_state_dict, read_state_dict, torch_tensors
 from sdpoint_jax.storage import checkpoint
@@ -158,7 +158,7 @@ def test_a_reset_head_ignores_the_classifier_of_the_file(model, state_dict, spoi
 def test_a_safetensors_file_is_imported_as_a_checkpoint(tmp_path, capsys, model, state_dict):
     safetensors = pytest.importorskip("safetensors.numpy")
     safetensors.save_file(state_dict, tmp_path / "net.safetensors")
-    torch_import.main([str(tmp_path / "net.safetensors"), f"--model={NET}", f"--output={tmp_path / 'imported'}"])
+    commands.run("import", tmp_path / "net.safetensors", f"--model={NET}", f"--output={tmp_path / 'imported'}")
     assert "imported" in capsys.readouterr().out
     variables, record = checkpoint.load_newest(tmp_path / "imported")
     _assert_equal(variables, import_torch_state_dict(state_dict, model))
@@ -174,7 +174,7 @@ def test_a_pickled_checkpoint_of_the_release_is_imported(tmp_path, model, state_
     released = {"epoch": 115, "arch": NET, "state_dict": tensors, "best_prec1": torch.tensor(79.5), "optimizer": {}}
     content = released if ending == ".pth.tar" else tensors
     torch.save(content, tmp_path / f"net{ending}", _use_new_zipfile_serialization=zipped)
-    torch_import.main([str(tmp_path / f"net{ending}"), f"--model={NET}", f"--output={tmp_path / 'imported'}"])
+    commands.run("import", tmp_path / f"net{ending}", f"--model={NET}", f"--output={tmp_path / 'imported'}")
     variables, _ = checkpoint.load(tmp_path / "imported")
     _assert_equal(variables, import_torch_state_dict(state_dict, model))
 
@@ -183,7 +183,7 @@ def test_the_command_resets_the_head(tmp_path, state_dict):
     safetensors = pytest.importorskip("safetensors.numpy")
     safetensors.save_file(state_dict, tmp_path / "net.safetensors")
     arguments = [str(tmp_path / "net.safetensors"), f"--model={NET}", f"--output={tmp_path / 'imported'}"]
-    torch_import.main([*arguments, "--num-classes=3", "--reset-head"])
+    commands.run("import", *arguments, "--num-classes=3", "--reset-head")
     variables, record = checkpoint.load(tmp_path / "imported")
     assert variables["params"]["head"]["dense"]["kernel"].shape == (64, 3)
     assert record["num_classes"] == 3 and record["reset_head"]
@@ -230,7 +230,9 @@ def test_a_file_that_cannot_be_read_is_one_line_and_an_exit_code(tmp_path, capsy
     if name.endswith(".pth"):
         pytest.importorskip("torch")
     (tmp_path / name).write_bytes(content)
-    assert message in _error(capsys, [str(tmp_path / name), f"--model={NET}", f"--output={tmp_path / 'imported'}"])
+    assert message in commands.error_of(
+        capsys, "import", str(tmp_path / name), f"--model={NET}", f"--output={tmp_path / 'imported'}"
+    )
     assert not (tmp_path / "imported").exists()
 
 
@@ -238,13 +240,15 @@ def test_wrong_arguments_are_one_line_and_an_exit_code(tmp_path, capsys, state_d
     safetensors = pytest.importorskip("safetensors.numpy")
     path, output = tmp_path / "net.safetensors", f"--output={tmp_path / 'imported'}"
     safetensors.save_file(state_dict, path)
-    assert "nowhere.pth" in _error(capsys, [str(tmp_path / "nowhere.pth"), f"--model={NET}", output])
-    assert "model 'resnet51': known are" in _error(capsys, [str(path), "--model=resnet51", output])
-    assert "another number of classes" in _error(capsys, [str(path), f"--model={NET}", output, "--num-classes=3"])
-    assert "required: --output" in _error(capsys, [str(path), f"--model={NET}"])
+    assert "nowhere.pth" in commands.error_of(capsys, "import", tmp_path / "nowhere.pth", f"--model={NET}", output)
+    assert "model 'resnet51': known are" in commands.error_of(capsys, "import", path, "--model=resnet51", output)
+    assert "another number of classes" in commands.error_of(
+        capsys, "import", path, f"--model={NET}", output, "--num-classes=3"
+    )
+    assert "required: --output" in commands.error_of(capsys, "import", path, f"--model={NET}")
     del state_dict["fc.bias"]
     safetensors.save_file(state_dict, path)
-    assert "no vector fc.bias" in _error(capsys, [str(path), f"--model={NET}", output])
+    assert "no vector fc.bias" in commands.error_of(capsys, "import", path, f"--model={NET}", output)
 
 
 def test_a_file_without_a_state_dict_is_an_error(tmp_path):
@@ -261,15 +265,6 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, library, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ImportError, match=f"pip install {library}"):
         read_state_dict(tmp_path / name)
-
-
-def _error(capsys, arguments):
-    with pytest.raises(SystemExit) as exit_info:
-        torch_import.main(arguments)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
 
 
 def _assert_equal(actual, expected):

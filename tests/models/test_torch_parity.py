@@ -15,8 +15,9 @@ import torch_formulation as formulation
 from flax.traverse_util import flatten_dict
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import Architecture, ResNet
+from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.models.torch_import import import_torch_state_dict
 
 HERE = pathlib.Path(__file__).parent
@@ -157,13 +158,12 @@ def _logits(model, variables, images, instances):
     Layer by layer: the layers of all nets have few shapes, which is quicker to compile than a program per instance.
     """
     net, logits = model.bind(variables), {}
-    x = net.to_first_position(_ours(images), train=False)
-    for k in range(model.num_blocks + 1):
+    x, start = net.prefix(_ours(images), STEM, train=False), STEM
+    for point in (STEM, *range(1, model.num_blocks + 1)):
+        x, start = net.between(x, start, point, train=False), point
         for instance in instances:
-            if max(instance.point, 0) == k:
-                logits[instance] = net.from_position(x, k, instance=instance, train=False)
-        if k < model.num_blocks:
-            x = net.next_position(x, k, train=False)
+            if model.last_shared_point(instance) == point:
+                logits[instance] = net.suffix(x, point, instance=instance, train=False)
     return logits
 
 

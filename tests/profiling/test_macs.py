@@ -3,15 +3,16 @@
 import functools
 import re
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import Architecture, ResNet
-from sdpoint_jax.profiling import macs as cost
+from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.macs import Cost, LayerCost, count_cost, count_macs, list_layers
 
 # torchvision's published figures at 224 x 224 for 1000 classes: billions of multiply-accumulates, parameters.
@@ -133,7 +134,7 @@ def test_what_the_net_cannot_run_has_no_cost(instance, size, channels, message):
 
 
 def test_the_command_prints_every_instance_with_its_relative_cost(capsys):
-    cost.main(["--model=resnet50", "--image-size=224", "--ratios=0.5"])
+    commands.run("cost", "--model=resnet50", "--image-size=224", "--ratios=0.5")
     header, *rows, footer = capsys.readouterr().out.splitlines()
     model = create_model("resnet50", 1000)
     instances = model.instances((0.5,))
@@ -147,7 +148,7 @@ def test_the_command_prints_every_instance_with_its_relative_cost(capsys):
 
 def test_the_command_lists_the_layers_of_an_instance(capsys):
     arguments = ["--model=preresnet20", "--image-size=32x28", "--channels=1", "--num-classes=10", "--layers=p03_r0.50"]
-    cost.main(arguments)
+    commands.run("cost", *arguments)
     rows = capsys.readouterr().out.splitlines()
     model, instance = create_model("preresnet20", 10), SDPointInstance(3, 0.5)
     assert [row.split()[0] for row in rows[1:-1]] == [layer.name for layer in list_layers(model, instance, 32)]
@@ -167,8 +168,4 @@ def test_the_command_lists_the_layers_of_an_instance(capsys):
     ],
 )
 def test_a_wrong_argument_of_the_command_is_one_line_and_an_exit_code(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        cost.main(arguments)
-    error = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert message in commands.error_of(capsys, "cost", *arguments)

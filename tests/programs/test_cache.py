@@ -11,9 +11,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs import cache as program_cache
@@ -26,16 +28,18 @@ STEP = """
 import functools, json, sys, jax, numpy as np
 from sdpoint_jax.programs import devices, evaluator as evaluation
 from sdpoint_jax.training import step as steps
+from sdpoint_jax.training.optimizer import SGD, LearningRate
+from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.models.resnet import Architecture, ResNet
+from sdpoint_jax.models.architecture import Architecture
+from sdpoint_jax.models.resnet import ResNet
 
 model = ResNet(Architecture((1,), 4, 4, preactivation=True, stem=4, imagenet_stem=False), 10)
-preprocess = functools.partial(steps.normalize, mean=(0.5,), std=(0.25,))
+preprocess = functools.partial(normalize, mean=(0.5,), std=(0.25,))
 shape, rng = (8, 8, 1), np.random.default_rng(0)
 images = rng.integers(0, 256, (4, *shape), np.uint8)
 batch = devices.shard({"images": images, "labels": np.arange(4, dtype=np.int32)})
-control = devices.shard({"control": np.zeros((jax.local_device_count(), 2), np.int32)})["control"]
-optimizer, instance = steps.sgd(0.9, False, 0.0), SDPointInstance(1, float(sys.argv[1]))
+optimizer, instance = SGD(0.9, False, 0.0), SDPointInstance(1, float(sys.argv[1]))
 state = steps.create_state(model, optimizer, 0, shape)
 params, _ = devices.replicate(state.params), devices.compiler_options()
 lowered = []
@@ -43,12 +47,12 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: lowered.append(event) if event.startswith("/jax/core/compile/jaxpr_to_mlir") else None
 )
 programs = steps.TrainPrograms(
-    state, control, batch, model=model, optimizer=optimizer, schedule=lambda _: 0.1, preprocess=preprocess
+    state, batch, model=model, optimizer=optimizer, schedule=LearningRate(0.1, 10), preprocess=preprocess
 )
-gradients, metrics = programs.gradients(instance)(params, control, batch)
+state, metrics = programs[instance](devices.replicate(state), steps.Control(0).shard(), batch)
 evaluator = evaluation.Evaluator(model, [instance], image_shape=shape, batch_size=4, preprocess=preprocess)
-statistics = evaluator.reestimate(state.params, [{"images": images}])
-total = float(sum(np.abs(x).astype(np.float64).sum() for x in jax.tree.leaves((jax.device_get(gradients), statistics))))
+statistics = evaluator.reestimate(jax.device_get(state.params), [{"images": images}])
+total = float(sum(np.abs(x).astype(np.float64).sum() for x in jax.tree.leaves((jax.device_get(state), statistics))))
 print(json.dumps([len(lowered), total]))
 """
 
@@ -81,13 +85,13 @@ def kept(cache):
 
 def test_the_next_start_loads_the_same_programs_and_traces_nothing(first):
     cache, (lowered, total, errors) = first
-    assert lowered == 4 and len(kept(cache)) == 4 and not errors
+    assert lowered == 5 and len(kept(cache)) == 5 and not errors  # Gradients, update, and three parts.
     assert run(cache) == (0, total, "")
 
 
 def test_of_another_instance_only_what_is_its_own_is_compiled(first, tmp_path):
     shutil.copytree(first[0], tmp_path, dirs_exist_ok=True)
-    assert run(tmp_path, ratio=0.75)[0] == 2  # Its gradients and its suffix; the trunk is that of the first.
+    assert run(tmp_path, ratio=0.75)[0] == 2  # Its gradients and its suffix; the prefix is that of the first.
     assert len(kept(tmp_path)) == len(kept(first[0])) + 2
 
 
@@ -102,7 +106,7 @@ def test_other_sources_are_other_programs(first, tmp_path):
 def test_what_jax_had_is_not_kept(first, tmp_path):
     cache, (_, total, _) = first
     (cache / "sdpoint_jax").rename(tmp_path / "aside")
-    assert run(cache) == (4, total, "")
+    assert run(cache) == (5, total, "")
     assert not kept(cache)
     (tmp_path / "aside").rename(cache / "sdpoint_jax")
 
@@ -136,7 +140,7 @@ def gradient(instance=FULL_RESOLUTION, model="resnet20", mean=0.5, smoothing=0.0
         steps.gradient_step,
         instance=instance,
         model=create_model(model, 10, **kwargs),
-        preprocess=functools.partial(steps.normalize, mean=(mean,), std=(1.0,)),
+        preprocess=functools.partial(normalize, mean=(mean,), std=(1.0,)),
         label_smoothing=smoothing,
     )
 
@@ -184,7 +188,7 @@ class OtherNet(ResNet):
 NOT_COVERED = {
     "function of another package": gradient,
     "lambda": lambda x: x,
-    "partial of another package": functools.partial(steps.normalize, mean=gradient),
+    "partial of another package": functools.partial(normalize, mean=gradient),
     "net of another package": OtherNet(create_model("resnet20", 10).architecture, 10),
     "class of another package": OtherNet,
     "class": ResNet,
@@ -192,7 +196,7 @@ NOT_COVERED = {
     "JAX array": jnp.ones(2),
     "object": object(),
     "set": {1, 2},
-    "optimizer, a tuple of functions inside others": steps.sgd(0.9, False, 0.0),
+    "optimizer, a tuple of functions inside others": optax.sgd(0.1),
 }
 
 

@@ -5,9 +5,9 @@ import pytest
 import tiny
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.programs.evaluator import Evaluator
-from sdpoint_jax.training import step as steps
 
 BATCH = 16
 DEVICES = 8
@@ -88,10 +88,10 @@ def test_metrics_are_those_of_each_whole_net_by_itself(model, params, evaluator,
         used = np.concatenate([batch["mask"] for batch in batches]) > 0
         logits = np.asarray(model.apply(variables, tiny.preprocess(images), instance=instance, train=False))[used]
         ranks = (-logits).argsort(1)
-        assert found["count"] == used.sum() == BATCH + 5
-        assert found["top1"] == pytest.approx((ranks[:, 0] == labels[used]).mean())
-        assert found["top5"] == pytest.approx((ranks[:, :5] == labels[used, None]).any(1).mean())
-        assert found["loss"] == pytest.approx(float(steps.cross_entropy(logits, labels[used]).mean()), rel=1e-4)
+        assert found.count == used.sum() == BATCH + 5
+        assert found.top1 == pytest.approx((ranks[:, 0] == labels[used]).mean())
+        assert found.top5 == pytest.approx((ranks[:, :5] == labels[used, None]).any(1).mean())
+        assert found.loss == pytest.approx(float(cross_entropy(logits, labels[used]).mean()), rel=1e-4)
 
 
 def test_a_subset_gives_what_all_instances_give(model, params, batches, statistics):
@@ -110,13 +110,26 @@ def test_top5_is_left_out_where_it_means_nothing(batches):
         model, [FULL_RESOLUTION], image_shape=tiny.IMAGE_SHAPE, batch_size=BATCH, preprocess=tiny.preprocess
     )
     five = [batch | {"labels": batch["labels"] % 5} for batch in batches]
-    assert some.evaluate(params, some.reestimate(params, five), five)[FULL_RESOLUTION]["top5"] is None
+    assert some.evaluate(params, some.reestimate(params, five), five)[FULL_RESOLUTION].top5 is None
 
 
 def test_an_instance_without_statistics_is_an_error(params, evaluator, batches, statistics):
     lacking = {instance: found for instance, found in statistics.items() if instance.point != 2}
     with pytest.raises(ValueError, match="no re-estimated statistics for p02_r0.50, p02_r0.75"):
         evaluator.evaluate(params, lacking, batches)
+
+
+def test_statistics_of_another_reestimation_are_refused_before_a_shared_point(params, evaluator, batches, statistics):
+    early = SDPointInstance(2, 0.5)
+    moved = jax.tree.map(lambda x: x + 1e-3, statistics[early])
+    with pytest.raises(ValueError, match="statistics of p02_r0.50 and full differ before the point .* separately"):
+        evaluator.evaluate(params, statistics | {early: moved}, batches)
+
+
+def test_no_examples_are_an_error(params, evaluator, batches, statistics):
+    masked = [batch | {"mask": np.zeros_like(batch["mask"])} for batch in batches]
+    with pytest.raises(ValueError, match="no examples to evaluate: .*config.dataset.on_bad_image"):
+        evaluator.evaluate(params, statistics, masked)
 
 
 def test_nothing_to_reestimate_from_is_an_error(params, evaluator):

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -18,18 +19,22 @@ import tiny
 from ml_collections import ConfigDict
 
 from sdpoint_jax.config import default_config
+from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
 from sdpoint_jax.storage import checkpoint
-from sdpoint_jax.training import logs, replay
+from sdpoint_jax.storage.lock import FolderLock
+from sdpoint_jax.training import logs, plan, replay
 from sdpoint_jax.training import loop as training
-from sdpoint_jax.training import plan as recipe
-from sdpoint_jax.training.stop import WorkdirLock
 
 TOTAL_STEPS = 30  # round(1197 / 40)
 
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def as_json(results):
+    return {name: dataclasses.asdict(metrics) for name, metrics in results.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +57,15 @@ def test_each_step_is_logged_once_with_its_instance(finished):
 def test_validation_is_of_named_instances(finished):
     workdir, results = finished
     assert set(results) == {"full", "p01_r0.50"}
-    assert all(found["count"] == 200 for found in results.values())
-    assert rows(workdir)[-1] == {"step": TOTAL_STEPS - 1, "validation": results}
+    assert all(found.count == 200 for found in results.values())
+    assert rows(workdir)[-1] == {"step": TOTAL_STEPS - 1, "validation": as_json(results)}
 
 
 def test_the_checkpoint_holds_all_that_is_needed(finished):
     workdir, results = finished
     step, arrays, record = checkpoint.newest(workdir / "checkpoints")
     assert step == arrays["step"] == record["step"] == TOTAL_STEPS
-    assert record["examples_seen"] == TOTAL_STEPS * 40 and record["validation"] == results
+    assert record["examples_seen"] == TOTAL_STEPS * 40 and record["validation"] == as_json(results)
     assert record["class_names"] == list("0123456789") and record["config"]["model"]["name"] == "wrn10_1"
     assert "batch_stats" not in arrays  # Statistics are of an instance, and re-estimated.
     assert any(path.name.startswith("events") for path in (workdir / "tensorboard").iterdir())
@@ -136,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it(tmp_path):
 
 def test_a_step_that_is_not_finite_can_be_replayed_alone(tmp_path):
     config = tiny.config(learning_rate=1e30, num_epochs=0.3)
-    with pytest.raises(training.NonFiniteError, match=r"--replay_step=\d+ shows") as error:
+    with pytest.raises(training.NonFiniteError, match=r"--replay-step=\d+ shows") as error:
         training.train(config, tmp_path)
     step = checkpoint.list_steps(tmp_path / "checkpoints")[0]
     files = sorted(tmp_path.rglob("*"))
@@ -192,20 +197,20 @@ def test_checkpoints_are_saved_as_minutes_go_by(tmp_path):
 
 def test_a_validation_that_is_interrupted_is_made_up_for(finished, tmp_path, monkeypatch):
     whole, results = finished
-    validate = training.Trainer._validate
+    validate = training.Loop._validate
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGTERM)
         validate(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_validate", interrupted)
+        patch.setattr(training.Loop, "_validate", interrupted)
         with pytest.raises(training.Interrupted, match="stopped after step 30 of 30"):
             training.train(tiny.config(), tmp_path)
     assert not any("validation" in row for row in rows(tmp_path))
     assert training.train(tiny.config(), tmp_path) == results
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert checkpoint.newest(tmp_path / "checkpoints")[2]["validation"] == results
+    assert checkpoint.newest(tmp_path / "checkpoints")[2]["validation"] == as_json(results)
 
 
 @pytest.fixture
@@ -313,11 +318,11 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
 
 def test_a_second_run_in_the_same_workdir_is_refused(tmp_path):
     with (
-        WorkdirLock(tmp_path),
+        FolderLock(tmp_path, "workdir"),
         pytest.raises(ValueError, match=f"{tmp_path}: in use by another run .process {os.getpid()}"),
     ):
         training.train(tiny.config(), tmp_path)
-    with WorkdirLock(tmp_path):
+    with FolderLock(tmp_path, "workdir"):
         pass  # Free again.
 
 
@@ -359,8 +364,7 @@ def test_a_stop_before_there_is_anything_to_save_ends_the_process_at_once():
         ({"dataset": {"train_split": "training"}}, "training"),
         ({"dataset": {"mean": (0.5, 0.5, 0.5)}}, "config.dataset.mean .*: digits has 1 channels, one value each"),
         ({"dataset": {"image_size": (3, 8)}}, "image size 3x8: too small for the net, which needs sides of at least 4"),
-        ({"batch_size": 41}, "batch size 41 does not divide over 8 devices"),
-        ({"evaluation_batch_size": 20}, "batch size 20 does not divide over 8 devices"),
+        ({"batch_size": 41}, "config.batch_size 41: does not divide over 8 devices; the nearest is 40 or 48"),
         ({"instances": "full,p04_r0.50"}, "instance p04_r0.50: the net has no point 4; it has 0 .* and 1 to 3"),
         ({"instances": "stem_r0.50"}, "no point -1"),
         ({"instances": "half"}, "instance name 'half': valid are"),
@@ -381,9 +385,20 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(tmp_pa
 def test_the_learning_rate_follows_the_config():
     config = ConfigDict(default_config())
     config.update({"learning_rate": 0.1, "schedule": "step", "milestones": (2, 3), "decay": 0.1, "warmup_epochs": 1.0})
-    schedule = recipe.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
+    schedule = plan.learning_rate_of(config, steps_per_epoch=10, total_steps=40)
     expected = {0: 0.0, 5: 0.05, 10: 0.1, 19: 0.1, 20: 0.01, 29: 0.01, 30: 0.001}
     assert {step: pytest.approx(float(schedule(step)), rel=1e-5) for step in expected} == expected
     config.schedule = "cosine"
-    schedule = recipe.learning_rate_schedule(config, steps_per_epoch=10, total_steps=40)
+    schedule = plan.learning_rate_of(config, steps_per_epoch=10, total_steps=40)
     np.testing.assert_allclose([schedule(10), schedule(25), schedule(40)], [0.1, 0.05, 0.0], atol=1e-7)
+
+
+def test_milestones_that_round_to_one_step_decay_once_each():
+    config = ConfigDict(default_config())
+    config.update({"learning_rate": 1.0, "schedule": "step", "milestones": (1.01, 1.04, 3), "decay": 0.1})
+    schedule = plan.learning_rate_of(config, steps_per_epoch=10, total_steps=40)
+    assert [float(schedule(step)) for step in (9, 10, 30)] == pytest.approx([1.0, 0.01, 0.001])
+
+
+def test_evaluation_batches_are_rounded_up_to_the_devices():
+    assert Experiment(tiny.config(evaluation_batch_size=20)).evaluation_batch_size == 24

@@ -15,20 +15,20 @@ import tiny
 from jax import lax
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.programs import devices
 from sdpoint_jax.training import step as steps
+from sdpoint_jax.training.optimizer import SGD
 
 RATE = 0.1
 
 
 def make_programs(model, state, batch, preprocess=tiny.preprocess, weight_decay=1e-3, **kwargs):
-    control = np.zeros((jax.local_device_count(), 2), np.int32)
     return steps.TrainPrograms(
         state,
-        control,
         batch,
         model=model,
-        optimizer=steps.sgd(0.9, False, weight_decay),
+        optimizer=SGD(0.9, False, weight_decay),
         schedule=lambda step: RATE,
         preprocess=preprocess,
         **kwargs,
@@ -36,11 +36,11 @@ def make_programs(model, state, batch, preprocess=tiny.preprocess, weight_decay=
 
 
 def make_state(model, weight_decay=1e-3):
-    return steps.create_state(model, steps.sgd(0.9, False, weight_decay), 0, tiny.IMAGE_SHAPE)
+    return steps.create_state(model, SGD(0.9, False, weight_decay), 0, tiny.IMAGE_SHAPE)
 
 
-def control(step):
-    return np.tile(np.array([step, 0], np.int32), (jax.local_device_count(), 1))
+def control(step, **asked):
+    return steps.Control(step, **asked).shard()
 
 
 def test_each_instance_is_traced_and_compiled_once():
@@ -142,7 +142,7 @@ def test_label_smoothing_mixes_in_the_uniform_distribution():
     labels = jnp.array([0, 2])
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     expected = [-(0.7 * row[label] + 0.3 * row.mean()) for row, label in zip(log_probs, labels)]
-    np.testing.assert_allclose(steps.cross_entropy(logits, labels, 0.3), expected, rtol=1e-6)
+    np.testing.assert_allclose(cross_entropy(logits, labels, 0.3), expected, rtol=1e-6)
 
 
 def test_microbatches_average_the_gradients_of_their_parts():
@@ -208,10 +208,10 @@ def test_a_step_that_is_not_finite_changes_nothing(skips):
 def test_a_flag_of_any_device_reaches_all():
     model = tiny.net()
     state, batch = make_state(model), devices.shard(tiny.batch(16))
-    flags = control(0)
-    flags[3, 1] = 1
-    _, metrics = make_programs(model, state, batch)[FULL_RESOLUTION](devices.replicate(state), flags, batch)
-    assert metrics["flags"].tolist() == [1]
+    one_stops = steps.Control(*np.zeros((3, 8, 1), np.int32))
+    one_stops.stop[3] = 1
+    _, metrics = make_programs(model, state, batch)[FULL_RESOLUTION](devices.replicate(state), one_stops, batch)
+    assert metrics["agreed"] == steps.Control(0, 1, 0)
 
 
 def test_the_state_is_donated():
@@ -227,6 +227,7 @@ LOSSES = """
 import json, sys
 sys.path[:0] = {paths}
 import jax, numpy as np, tiny, test_step
+from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.programs import devices
 from sdpoint_jax.instance import sample_instance
 test_step.RATE = 0.03  # At larger steps, rounding can push a ReLU over its kink, and the losses apart by 1e-3.
@@ -257,8 +258,10 @@ def test_eight_devices_train_as_one_with_cross_device_norm():
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_named():
-    with pytest.raises(ValueError, match="batch size 12 does not divide over 8 devices; the nearest is 8 or 16"):
-        devices.check_batch_size(12)
+    with pytest.raises(
+        ValueError, match="config.batch_size 12: does not divide over 8 devices; the nearest is 8 or 16"
+    ):
+        devices.check_batch_size(12, "config.batch_size")
 
 
 def test_programs_know_instances_by_value():

@@ -1,0 +1,73 @@
+"""Sweeps the SDPoint instances of a trained net: python evaluate.py --workdir=runs/digits
+
+Re-estimates BatchNorm statistics for each instance, evaluates it, and writes to WORKDIR/sweep (or --output): sweep.csv,
+sweep.json, sweep.png, and the artefact that Predictor loads. The same command goes on with a sweep that was
+interrupted. Exit codes: 0 done, 2 error.
+"""
+
+import argparse
+import pathlib
+
+from sdpoint_jax.cli import config_flag, distributed
+from sdpoint_jax.cli.parser import comma_separated
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the command."""
+    parser.set_defaults(takes_config=True)
+    parser.epilog = config_flag.HELP
+    parser.add_argument("--workdir", default="runs/digits", help="folder of a run, or of imported weights")
+    parser.add_argument("--output", default="", help="folder for the results; by default WORKDIR/sweep")
+    parser.add_argument(
+        "--instances", default="", help="names, as full,p03_r0.50; or all; by default those of the training"
+    )
+    parser.add_argument(
+        "--points", default="", help="only these points: -1 the stem, 0 full resolution, 1, 2, ... blocks"
+    )
+    parser.add_argument("--ratios", default="", help="only these downsampling ratios")
+    parser.add_argument("--split", default="", help="split of the data set to evaluate; by default that of the config")
+    parser.add_argument("--reestimate-batches", type=int, help="batches to re-estimate from; default: of the config")
+    parser.add_argument(
+        "--reestimate-images",
+        choices=("augmented", "clean"),
+        help="which training images to re-estimate from; by default as in the config",
+    )
+    parser.add_argument("--data-dir", help="where the prepared data sets are, if not where the training had them")
+    parser.add_argument(
+        "--baseline",
+        default="",
+        help="workdir of the same net trained without SDPoint, and swept: for the plot",
+    )
+    distributed.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sweeps, writes the results and prints the table."""
+    given = config_flag.load_config(args.config_arguments, default=None)
+    distributed.start(args)
+    from sdpoint_jax import config as configs  # Late: JAX takes seconds.
+    from sdpoint_jax import experiment
+    from sdpoint_jax.evaluation import sweep, table
+    from sdpoint_jax.storage import artefact, checkpoint
+
+    baseline = table.read_baseline(args.baseline) if args.baseline else None
+    arrays, record = checkpoint.load_newest(args.workdir)
+    if given is None and "config" not in record:
+        raise ValueError(f"{args.workdir}: holds no config, as imported weights: give --config=FILE, for the data")
+    config = given or configs.from_dict(record["config"])
+    for key in ("reestimate_batches", "reestimate_images"):
+        if getattr(args, key) is not None:
+            config[key] = getattr(args, key)
+    if args.data_dir is not None:
+        config.dataset.data_dir = args.data_dir
+    parts = experiment.Experiment(config)
+    parts.check_params(arrays["params"], args.workdir)
+    instances = parts.instances
+    if args.instances or args.points or args.ratios:
+        points, ratios = comma_separated(args.points, int, "points"), comma_separated(args.ratios, float, "ratios")
+        instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
+    output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "sweep")
+    split = args.split or config.dataset.test_split
+    rows = sweep.sweep(parts, arrays["params"], instances, output, split=split, baseline=baseline)
+    print(table.format_table(rows))
+    print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")

@@ -1,0 +1,114 @@
+"""The command line: one parser, one rule for exit codes.
+
+0: done. 2: an error, in one line. 75: stopped on request and saved; the same command goes on.
+"""
+
+import importlib
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sdpoint_jax.cli import config_flag, distributed
+from sdpoint_jax.cli.parser import FAILED, Parser
+
+STOPPED = 75
+
+# The commands: the module with `add_arguments(parser)` and `run(args)`, and what it does.
+COMMANDS = {
+    "train": ("train", "train one net for all its SDPoint instances"),
+    "evaluate": ("evaluate", "sweep the instances of a trained net: accuracy, cost, artefact"),
+    "select": ("select", "pick the instance for a budget"),
+    "cost": ("cost", "count what the instances of a net cost, before training"),
+    "import": ("import_weights", "import PyTorch weights"),
+}
+
+
+def main(arguments: Sequence[str] | None = None, *, command: str | None = None) -> NoReturn:
+    """Runs a command and exits with its code.
+
+    Args:
+        arguments: the command and its arguments, by default those of the process.
+        command: the one to run, where it is not the first of the arguments: for a script of its own, as train.py.
+    """
+    ours, others = config_flag.split_arguments(sys.argv[1:] if arguments is None else arguments)
+    if command is None:
+        args = _parser().parse_args(others)
+        command = args.command
+    else:
+        script = Parser(prog=f"{command}.py")
+        args = _add_command(script, command).parse_args(others)
+    args.config_arguments = ours
+    if ours and not getattr(args, "takes_config", False):
+        _fail(ValueError(f"{ours[0]}: {command} takes no config"))
+    _set_up()
+    try:
+        code = importlib.import_module(_module(command)).run(args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
+    except Exception as error:
+        if args.debug:
+            raise
+        _fail(error)
+    raise SystemExit(code or 0)
+
+
+def _parser():
+    parser = Parser(prog="python -m sdpoint_jax", description="Train one net, run it at dozens of costs (SDPoint).")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for name, (_, summary) in COMMANDS.items():
+        _add_command(commands.add_parser(name, help=summary), name)
+    try:
+        import argcomplete
+    except ImportError:
+        return parser
+    argcomplete.autocomplete(parser)  # Completes with the Tab key, where the shell is set up for it.
+    return parser
+
+
+def _add_command(parser, command):
+    module = importlib.import_module(_module(command))
+    parser.description = module.__doc__
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    module.add_arguments(parser)
+    return parser
+
+
+def _module(command):
+    return f"sdpoint_jax.cli.{COMMANDS[command][0]}"
+
+
+def _fail(error) -> NoReturn:
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    distributed.leave_the_others()
+    raise SystemExit(FAILED)
+
+
+def _set_up():
+    """Prepares the process for JAX, Orbax and Grain, before any of them is imported."""
+    from absl import flags, logging
+
+    from sdpoint_jax.programs.host_memory import keep_freed_memory
+
+    logging.set_verbosity(logging.WARNING)
+    flags.FLAGS.mark_as_parsed()  # Libraries look for flags of their own there.
+    keep_freed_memory()
+    _keep_compiled_programs()
+    _quieten_orbax()
+
+
+def _keep_compiled_programs():
+    """Lets JAX keep compiled programs for the next start, unless the environment says where, or that it should not."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "sdpoint_jax", "xla")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def _quieten_orbax():
+    """Keeps the traceback of Orbax's threads from the terminal: their errors are raised where it waits for them."""
+    shown = threading.excepthook
+    threading.excepthook = lambda args: None if type(args.thread).__module__.startswith("orbax.") else shown(args)

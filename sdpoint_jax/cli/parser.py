@@ -1,0 +1,48 @@
+"""The parser of the command line: one class for all commands, flags with dashes, errors in one line."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+FAILED = 2  # Exit code after any error.
+
+
+class Parser(argparse.ArgumentParser):
+    """Parses flags written with dashes, and with underscores too; an error is one line and exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """Parses `args`, by default those of the process; exits with `FAILED` where they are wrong."""
+        given = [_with_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
+        parsed, surplus = self.parse_known_args(given, namespace)
+        for arg in surplus:
+            if arg.startswith("-"):
+                self.error(f"Unknown command line flag {arg.lstrip('-').partition('=')[0]!r}")
+            self.error(f"argument {arg!r}: flags begin with --, and take their value after =")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message as one line and exits."""
+        self.exit(FAILED, f"error: {' '.join(message.split())}\n")
+
+
+def _with_dashes(arg):
+    """Spells the name of a flag with dashes; values and the keys of a config stay."""
+    name = re.match(r"--[a-z_-]+(?=$|=)", arg)
+    return arg if not name else name[0].replace("_", "-") + arg[name.end() :]
+
+
+def comma_separated(text: str, kind: type, flag: str) -> list:
+    """Splits the value of a flag into numbers; empty text into none.
+
+    Raises:
+        ValueError: a part is no number; names the flag.
+    """
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--{flag}={text}: give numbers with commas between them") from None

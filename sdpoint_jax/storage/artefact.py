@@ -1,0 +1,150 @@
+"""The artefact of a sweep: parameters once, BatchNorm statistics of each instance, the table, how to feed images."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.storage import checkpoint
+from sdpoint_jax.storage.table import InstanceRow, Latency
+
+__all__ = ["ARTEFACT", "FORMAT", "Artefact", "InstanceRow", "Latency", "SweepSettings", "load", "save"]
+
+PyTree = Any
+ARTEFACT = "artefact"  # Its name in the folder of a sweep.
+FORMAT = 2  # Of the record. Format 1 had no number, and no `resize`.
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepSettings:
+    """How a sweep was measured.
+
+    Attributes:
+        model: name of the net.
+        dataset: name of the data set.
+        split: that was evaluated.
+        reestimate_batches: batches that the statistics come from.
+        reestimate_images: `augmented` or `clean` training images.
+    """
+
+    model: str
+    dataset: str
+    split: str
+    reestimate_batches: int
+    reestimate_images: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """What a sweep leaves to deploy.
+
+    Attributes:
+        params: of the net, nested dicts of arrays.
+        batch_stats: by instance: its re-estimated statistics.
+        rows: the table, a row per instance.
+        model: name of the net, for `create_model`.
+        dtype: of its computation, `float32` or `bfloat16`.
+        class_names: of the K classes.
+        image_shape: (H, W, C) of the uint8 images that it takes.
+        resize: (height, width) that an image just covers, aspect kept, before the central `image_shape` is cut out;
+            None to resize to `image_shape` itself.
+        mean, std: of each channel, on the scale 0..1.
+        config: of the experiment, as JSON holds it.
+        settings: how the sweep was measured.
+    """
+
+    params: PyTree
+    batch_stats: Mapping[SDPointInstance, PyTree]
+    rows: tuple[InstanceRow, ...]
+    model: str
+    dtype: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    resize: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: Mapping[str, Any]
+    settings: SweepSettings
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    def row(self, instance: SDPointInstance) -> InstanceRow:
+        """Returns the row of `instance`; raises ValueError, with those that there are, where it was not swept."""
+        for row in self.rows:
+            if row.instance == instance:
+                return row
+        raise ValueError(
+            f"instance {instance.name}: its statistics were not re-estimated; the artefact has "
+            f"{', '.join(row.name for row in self.rows)}"
+        )
+
+    def with_rows(self, rows: Sequence[InstanceRow]) -> "Artefact":
+        """Returns a copy with another table of the same instances."""
+        return dataclasses.replace(self, rows=tuple(rows))
+
+
+def save(artefact: Artefact, path: str | os.PathLike) -> None:
+    """Writes the artefact at `path`, with checksums, replacing what is there once the new one is complete.
+
+    Raises:
+        OSError: it could not be written; names `path`, where nothing has changed.
+    """
+    statistics = {instance.name: tree for instance, tree in artefact.batch_stats.items()}
+    record = {
+        "format": FORMAT,
+        "model": {"name": artefact.model, "dtype": artefact.dtype},
+        "num_classes": artefact.num_classes,
+        "class_names": list(artefact.class_names),
+        "image_shape": list(artefact.image_shape),
+        "resize": artefact.resize and list(artefact.resize),
+        "mean": list(artefact.mean),
+        "std": list(artefact.std),
+        "config": dict(artefact.config),
+        "settings": dataclasses.asdict(artefact.settings),
+        "table": [row.to_record() for row in artefact.rows],
+    }
+    checkpoint.save(path, {"params": artefact.params, "batch_stats": statistics}, record)
+
+
+def load(path: str | os.PathLike) -> Artefact:
+    """Reads and verifies the artefact at `path`, as `runs/digits/sweep/artefact`; of any format up to `FORMAT`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or of a newer format, or it is a checkpoint of another kind.
+    """
+    arrays, record = checkpoint.load(path)
+    if "table" not in record:
+        raise checkpoint.CheckpointError(f"{path}: not the artefact of a sweep; evaluate.py writes one")
+    if (version := record.get("format", 1)) not in range(1, FORMAT + 1):
+        raise checkpoint.CheckpointError(
+            f"{path}: an artefact of format {version!r}; this version reads 1 to {FORMAT}: update sdpoint_jax"
+        )
+    try:
+        return _from_record(arrays, record)
+    except (LookupError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(f"{path}: not a sound artefact: {error}") from error
+
+
+def _from_record(arrays, record):
+    # Statistics of a net without BatchNorm are empty, and orbax keeps no empty dict.
+    statistics = arrays.get("batch_stats", {})
+    rows = tuple(map(InstanceRow.from_record, record["table"]))
+    resize = record.get("resize", record["config"].get("dataset", {}).get("resize") or None)
+    return Artefact(
+        arrays["params"],
+        {row.instance: statistics.get(row.name, {}) for row in rows},
+        rows,
+        record["model"]["name"],
+        record["model"]["dtype"],
+        tuple(record["class_names"]),
+        tuple(record["image_shape"]),
+        (resize, resize) if isinstance(resize, int) else resize and tuple(resize),
+        tuple(record["mean"]),
+        tuple(record["std"]),
+        record["config"],
+        SweepSettings(**record["settings"]),
+    )

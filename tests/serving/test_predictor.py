@@ -1,0 +1,200 @@
+"""A predictor gives what the net gives with the instance's own statistics, within the budget."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sdpoint_jax.evaluation import sweep
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.serving.predictor import Predictor
+from sdpoint_jax.storage import artefact, checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROWS = (
+    tiny.row("full", 100, 0.9),
+    tiny.row("p01_r0.50", 30, 0.7),
+    tiny.row("p01_r0.75", 60, 0.65),
+    tiny.row("p02_r0.50", 60, 0.92),
+)
+
+
+@pytest.fixture(scope="module")
+def predictor(swept):
+    return Predictor.load(swept.folder / "artefact")
+
+
+@pytest.fixture(scope="module")
+def test_images(swept):
+    batch = next(iter(swept.experiment.evaluation_batches("test")))
+    return batch["images"], batch["labels"]
+
+
+def test_the_most_accurate_instance_within_the_budget_is_picked(swept):
+    predictor = Predictor(dataclasses.replace(artefact.load(swept.folder / "artefact"), rows=ROWS))
+    picked = [predictor.select(max_macs=budget).name for budget in (30, 59, 60, 99, 1000, None)]
+    assert picked == ["p01_r0.50", "p01_r0.50", "p02_r0.50", "p02_r0.50", "p02_r0.50", "p02_r0.50"]
+    with pytest.raises(ValueError, match="max_macs 29: the cheapest instance, p01_r0.50, needs 30 MACs"):
+        predictor.select(max_macs=29)
+
+
+@pytest.mark.parametrize("name", ["full", "p01_r0.50", "p03_r0.75"])
+def test_predictions_are_those_of_the_net_with_the_instances_statistics(swept, predictor, test_images, name):
+    found = artefact.load(swept.folder / "artefact")
+    images = normalize(jnp.asarray(test_images[0][:13]), (0.305,), (0.376,))
+    instance = SDPointInstance.from_name(name)
+    variables = {"params": found.params, "batch_stats": found.batch_stats[instance]}
+    expected = swept.experiment.model.apply(variables, images, instance=instance, train=False)
+    for given in (name, instance):
+        np.testing.assert_allclose(
+            predictor.predict(test_images[0][:13], instance=given), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_predictor_is_as_accurate_as_the_table_says(swept, predictor):
+    batches = [b for b in swept.experiment.evaluation_batches("test")]
+    images = np.concatenate([b["images"] for b in batches])[:400]
+    labels = np.concatenate([b["labels"] for b in batches])[:400]
+    for row in predictor.rows:
+        top1 = (predictor.predict(images, instance=row.instance).argmax(1) == labels).mean()
+        assert top1 == pytest.approx(row.top1, abs=1 / 400)
+
+
+def test_a_budget_uses_the_instance_that_select_names(predictor, test_images):
+    cheapest = min(predictor.rows, key=lambda row: row.macs)
+    by_budget = predictor.predict(test_images[0], max_macs=cheapest.macs)
+    np.testing.assert_array_equal(by_budget, predictor.predict(test_images[0], instance=cheapest.instance))
+    assert predictor.predict(test_images[0][:0]).shape == (0, 10)
+
+
+def test_an_instance_that_was_not_swept_is_refused(swept, tmp_path):
+    sweep.sweep(swept.experiment, swept.params, (FULL_RESOLUTION,), tmp_path, split="test")
+    predictor = Predictor.load(tmp_path / "artefact")
+    with pytest.raises(ValueError, match="p02_r0.50: its statistics were not re-estimated; the artefact has full"):
+        predictor.predict(np.zeros((1, 8, 8, 1), np.uint8), instance="p02_r0.50")
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 8, 8, 1)), np.zeros((8, 8, 1), np.uint8), np.zeros((2, 8, 9, 1), np.uint8)]
+)
+def test_images_of_another_kind_are_refused(predictor, images):
+    with pytest.raises(ValueError, match=r"images .*: needs uint8 \[B, 8, 8, 1\]"):
+        predictor.predict(images)
+
+
+def test_a_checkpoint_of_a_run_is_no_artefact(swept, tmp_path):
+    checkpoint.save(tmp_path / "run", {"params": swept.params}, {"config": {}})
+    with pytest.raises(checkpoint.CheckpointError, match="not the artefact of a sweep"):
+        Predictor.load(tmp_path / "run")
+
+
+def test_the_command_picks(swept, capsys):
+    path = swept.folder / "artefact"
+    commands.run("select", path, "--relative-budget=0.99")
+    assert "budget of" in capsys.readouterr().out
+    assert commands.error_of(capsys, "select", path, "--max-macs=1").startswith("error: max_macs 1: the cheapest")
+
+
+def test_after_compile_nothing_else_is_compiled(swept, test_images):
+    predictor, images = Predictor.load(swept.folder / "artefact"), test_images[0]
+    expected = predictor.predict(images[:21], instance="p01_r0.50")
+    strict = Predictor.load(swept.folder / "artefact")
+    strict.compile(["p01_r0.50", FULL_RESOLUTION], [8, 3])
+    before = set(strict.programs)
+    assert {(instance.name, size) for instance, size in before} == {
+        (name, size) for name in ("full", "p01_r0.50") for size in (3, 8)
+    }
+    for count in (1, 3, 4, 8, 9, 21):
+        found = strict.predict(images[:count], instance="p01_r0.50")
+        np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-5)
+    assert set(strict.programs) == before
+    with pytest.raises(ValueError, match="instance p02_r0.50: not compiled; compiled are p01_r0.50, full"):
+        strict.predict(images[:1], instance="p02_r0.50")
+    with pytest.raises(ValueError, match=r"batch_sizes \[0, 2\]: give at least one, each at least 1"):
+        strict.compile(["full"], [2, 0])
+
+
+def test_threads_get_the_answers_to_their_own_images(predictor, test_images):
+    images, names = test_images[0], [row.name for row in predictor.rows]
+    expected = {name: predictor.predict(images[:64], instance=name) for name in names}
+    wrong = []
+
+    def ask(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(12):
+            name, start, count = names[rng.integers(len(names))], rng.integers(48), rng.integers(1, 16)
+            found = predictor.predict(images[start : start + count], instance=name)
+            if not np.allclose(found, expected[name][start : start + count], rtol=1e-4, atol=1e-5):
+                wrong.append((name, start, count))
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+SECOND_START = """
+import json, sys, jax, numpy as np
+lowered = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: lowered.append(event) if event.startswith("/jax/core/compile/jaxpr_to_mlir") else None
+)
+from sdpoint_jax import Predictor
+from sdpoint_jax.programs.devices import compiler_options
+predictor = Predictor.load(sys.argv[1])
+compiler_options()  # Asks XLA which options it knows.
+before = len(lowered)
+predictor.compile(["full", "p01_r0.50"], [1, 4])
+logits = predictor.predict(np.zeros((3, 8, 8, 1), np.uint8), instance="full")
+print(json.dumps([len(lowered) - before, float(logits.sum())]))
+"""
+
+
+def test_a_second_start_compiles_nothing(swept, tmp_path):
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SECOND_START, str(swept.folder / "artefact")]
+    runs = [
+        json.loads(
+            subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        )
+        for _ in range(2)
+    ]
+    assert runs[0][0] >= 4 and runs[1][0] == 0
+    assert runs[0][1] == runs[1][1]
+
+
+def test_an_artefact_is_read_as_it_was_written(swept, tmp_path):
+    found = artefact.load(swept.folder / "artefact")
+    assert found.rows == swept.rows and set(found.batch_stats) == {row.instance for row in swept.rows}
+    jax.tree.map(np.testing.assert_array_equal, found.params, swept.params)
+    artefact.save(found, tmp_path / "again")
+    again = artefact.load(tmp_path / "again")
+    assert dataclasses.replace(again, params=None, batch_stats={}) == dataclasses.replace(
+        found, params=None, batch_stats={}
+    )
+
+
+def test_an_artefact_of_the_first_format_is_read_and_one_of_a_later_is_refused(swept, tmp_path):
+    arrays, record = checkpoint.load(swept.folder / "artefact")
+    old = {key: value for key, value in record.items() if key not in ("format", "resize")}
+    checkpoint.save(tmp_path / "old", arrays, old)
+    assert artefact.load(tmp_path / "old").rows == swept.rows
+    checkpoint.save(tmp_path / "new", arrays, record | {"format": 99})
+    with pytest.raises(checkpoint.CheckpointError, match="new: an artefact of format 99; .* reads 1 to 2: update"):
+        Predictor.load(tmp_path / "new")
+    checkpoint.save(tmp_path / "odd", arrays, record | {"table": [{"instance": "full"}]})
+    with pytest.raises(checkpoint.CheckpointError, match="odd: not a sound artefact: not a row"):
+        Predictor.load(tmp_path / "odd")
