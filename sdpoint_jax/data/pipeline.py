@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 
 from sdpoint_jax.data.augment import Size, augmentation_named, resize_and_center_crop
-from sdpoint_jax.data.datasets import Dataset
+from sdpoint_jax.data.dataset import Dataset
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.data.examples import Examples
 

@@ -20,8 +20,10 @@ import re
 import sys
 from pathlib import Path
 
-from sdpoint_jax.data import builder, cifar, digits, download, folder, imagenet
-from sdpoint_jax.data.datasets import ON_BAD_IMAGE, default_data_dir, prepared_sets
+from sdpoint_jax.data import builder, download
+from sdpoint_jax.data.dataset import FOLDER, ON_BAD_IMAGE, default_data_dir
+from sdpoint_jax.data.sources import cifar, digits, folder, imagenet
+from sdpoint_jax.data.sources.tfds import is_in_catalogue, prepared_sets
 
 
 def prepare(
@@ -35,19 +37,18 @@ def prepare(
     """Prepares a data set and returns its directory.
 
     Args:
-      name: "digits", "cifar10", "cifar100", "imagenet2012", "folder:PATH", or another set of TFDS's
-        catalogue.
-      data_dir: where prepared sets go; by default TFDS's.
-      source: the archive, or a directory that holds the archives; without it CIFAR is downloaded.
-      set_name: of a folder, the name to load it by.
-      on_bad_image: of a folder, "error" or "skip".
+        name: "digits", "cifar10", "cifar100", "imagenet2012", "folder:PATH", or another set of TFDS's catalogue.
+        data_dir: where prepared sets go; by default TFDS's.
+        source: the archive, or a directory that holds the archives; without it CIFAR is downloaded.
+        set_name: the name to load a folder by; by default made from the folder's own.
+        on_bad_image: what to do with an image of a folder that cannot be decoded: "error" or "skip".
 
     Raises:
-      ValueError: what is missing or wrong, in one line.
+        ValueError: what is missing or wrong, in one line.
     """
     data_dir = os.path.expanduser(data_dir or default_data_dir())
-    if name.startswith("folder:"):
-        return _prepare_folder(name.removeprefix("folder:"), data_dir, set_name, on_bad_image)
+    if name.startswith(FOLDER):
+        return _prepare_folder(name.removeprefix(FOLDER), data_dir, set_name, on_bad_image)
     if name in (found := prepared_sets(data_dir)):
         return found[name]
     if name == digits.NAME:
@@ -97,7 +98,7 @@ def _prepare_folder(root, data_dir, set_name, on_bad_image):
 def _prepare_from_catalogue(name, data_dir):
     import tensorflow_datasets as tfds
 
-    if re.split("[/:]", name)[0] not in tfds.list_builders(with_community_datasets=False):
+    if not is_in_catalogue(name):
         raise ValueError(f"unknown data set {name!r}; valid: digits, folder:PATH, names of TFDS's catalogue")
     try:
         made = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -118,7 +119,7 @@ def _check_network(made, data_dir):
 
 
 def _find(source, names):
-    """`source` if it is a file, else the first of `names` in it."""
+    """Returns `source` if it is a file, else the path of the first of `names` in it."""
     if os.path.isfile(source):
         return source
     found = [path for name in names if os.path.isfile(path := os.path.join(source, name))]

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from sdpoint_jax import data
-from sdpoint_jax.data import cifar, download, imagenet, prepare
+from sdpoint_jax.data import download, prepare
+from sdpoint_jax.data.sources import cifar, imagenet
 
 COUNTS = {"train": 25, "test": 5}
 RNG = np.random.default_rng(0)
@@ -278,7 +279,8 @@ def test_an_unknown_name_is_refused_in_one_line(tmp_path, capsys):
 def test_a_killed_preparation_is_done_anew(image_folder, tmp_path):
     code = """
 import sys, time
-from sdpoint_jax.data import folder, prepare
+from sdpoint_jax.data import prepare
+from sdpoint_jax.data.sources import folder
 examples = folder._checked_examples
 def slow(*arguments):
     for example in examples(*arguments):
