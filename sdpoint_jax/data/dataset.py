@@ -94,14 +94,19 @@ def load_dataset(name: str, data_dir: str | None = None, *, on_bad_image: str = 
     Raises:
         ValueError: an unknown or unprepared name (lists the known ones), a folder or set of another form.
     """
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"unknown on_bad_image {on_bad_image!r}; valid: {', '.join(ON_BAD_IMAGE)}")
+    check_on_bad_image(on_bad_image)
     if name.startswith(FOLDER):
         return _dataset(name, open_folder(os.path.expanduser(name.removeprefix(FOLDER))), on_bad_image)
     data_dir = os.path.expanduser(data_dir or default_data_dir())
     if name == digits.NAME:
         builder.write(digits.image_set(), data_dir, quiet=True)
     return _dataset(name, open_prepared(name, data_dir), on_bad_image)
+
+
+def check_on_bad_image(on_bad_image: str) -> None:
+    """Raises ValueError unless `on_bad_image` is one of ON_BAD_IMAGE."""
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"unknown on_bad_image {on_bad_image!r}; valid: {', '.join(ON_BAD_IMAGE)}")
 
 
 def default_data_dir() -> str:

@@ -1,27 +1,11 @@
-"""Prepares a data set, once: writes it where `load_dataset` finds it, as array_record files.
+"""Prepares a data set, once: writes it where `load_dataset` finds it, as array_record files."""
 
-    python -m sdpoint_jax.data.prepare cifar10 --data-dir=DIR
-    python -m sdpoint_jax.data.prepare cifar100 --source=cifar-100-python.tar.gz
-    python -m sdpoint_jax.data.prepare imagenet2012 --source=DIRECTORY_OF_THE_TWO_TAR_FILES
-    python -m sdpoint_jax.data.prepare folder:/path/to/images --name=my_images
-    python -m sdpoint_jax.data.prepare NAME
-
-CIFAR is downloaded without --source. A folder can be used as it is; prepared, it is faster on a
-network disk. Another NAME is one of TFDS's catalogue, which may need TensorFlow.
-
-A set that is there already is left alone. An interrupted command may be given again: a download
-goes on where it was, the writing starts anew, and nothing is taken for a whole set before it is
-one.
-"""
-
-import argparse
 import os
 import re
-import sys
 from pathlib import Path
 
 from sdpoint_jax.data import builder, download
-from sdpoint_jax.data.dataset import FOLDER, ON_BAD_IMAGE, default_data_dir
+from sdpoint_jax.data.dataset import FOLDER, check_on_bad_image, default_data_dir
 from sdpoint_jax.data.sources import cifar, digits, folder, imagenet
 from sdpoint_jax.data.sources.tfds import is_in_catalogue, prepared_sets
 
@@ -46,6 +30,7 @@ def prepare(
     Raises:
         ValueError: what is missing or wrong, in one line.
     """
+    check_on_bad_image(on_bad_image)
     data_dir = os.path.expanduser(data_dir or default_data_dir())
     if name.startswith(FOLDER):
         return _prepare_folder(name.removeprefix(FOLDER), data_dir, set_name, on_bad_image)
@@ -126,41 +111,3 @@ def _find(source, names):
     if not found:
         raise ValueError(f"{source}: no {' or '.join(names)} there")
     return found[0]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="NAME", help="the data set")
-    parser.add_argument(
-        "--data-dir",
-        help="where prepared sets go (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
-    )
-    parser.add_argument("--source", help="the archive, or the directory of the archives, that the set is made from")
-    parser.add_argument("--name", help="for a folder: the name to load it by (default: that of the folder)")
-    parser.add_argument("--on-bad-image", choices=ON_BAD_IMAGE, default="error", help="for a folder")
-    options = parser.parse_args(arguments)
-    try:
-        directory = prepare(
-            options.dataset,
-            options.data_dir,
-            source=options.source,
-            set_name=options.name,
-            on_bad_image=options.on_bad_image,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: give the same command again", file=sys.stderr)
-        return 130
-    print(f"{options.dataset} is prepared: {directory}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
