@@ -1,12 +1,11 @@
 """Image classification data: sets by name, and batches of uint8 images from them.
 
-NumPy in, NumPy out: nothing here knows of JAX, and a pod's hosts come in as `process_index` and
-`process_count`. The libraries that read data are imported on first use, so that the models do not
-need them.
+NumPy in, NumPy out: nothing here knows of JAX, and a pod's hosts come in as `process_index` and `process_count`. The
+libraries that read data are imported on first use, so that the models do not need them.
 """
 
 from sdpoint_jax.data.augment import AUGMENTATIONS
-from sdpoint_jax.data.datasets import Dataset, load_dataset
+from sdpoint_jax.data.dataset import Dataset, load_dataset
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.data.pipeline import Batches, evaluation_batches, training_batches
 

@@ -16,10 +16,9 @@ class Split:
     """What a split is made of.
 
     Attributes:
-      num_examples: how many times `examples` must yield.
-      examples: yields (key, {"image": ..., "label": int, ...}), with a unique key (an int or
-        string) for each; the image as an image file's bytes or as a PIL image. (key, None) stands
-        for an example that was left out.
+        num_examples: how many times `examples` must yield.
+        examples: yields (key, {"image": ..., "label": int, ...}), with a unique key (an int or string) for each; the
+            image as an image file's bytes or as a PIL image. (key, None) stands for an example that was left out.
     """
 
     num_examples: int
@@ -31,12 +30,12 @@ class ImageSet:
     """An image classification set, ready to be written.
 
     Attributes:
-      name, version: where it goes: DATA_DIR/NAME/VERSION.
-      description: one line.
-      class_names: the classes, in order of their labels.
-      image_shape: (height, width, channels), None where they vary.
-      splits: by name.
-      more_features: function that returns further TFDS features, by name.
+        name, version: where it goes: DATA_DIR/NAME/VERSION.
+        description: one line.
+        class_names: the classes, in order of their labels.
+        image_shape: (height, width, channels), None where they vary.
+        splits: by name.
+        more_features: function that returns further TFDS features, by name.
     """
 
     name: str
@@ -49,18 +48,23 @@ class ImageSet:
 
 
 def is_written(directory: str | os.PathLike) -> bool:
-    """True where a whole set is. TFDS writes elsewhere, and renames when all is there."""
+    """Tells whether a whole set is there. TFDS writes elsewhere, and renames when all is written."""
     return (Path(directory) / "dataset_info.json").exists()
 
 
 def write(image_set: ImageSet, data_dir: str, *, quiet: bool = False) -> Path:
     """Writes a set, if it is not there yet, and returns its directory.
 
-    The examples are shuffled on the way, always in the same way. A process that finds another one
-    writing the set waits for it; one that finds what a killed one has left removes that.
+    The examples are shuffled on the way, always in the same way. A process that finds another one writing the set waits
+    for it; one that finds what a killed one has left removes that.
+
+    Args:
+        image_set: what to write.
+        data_dir: where prepared sets go.
+        quiet: whether to show no progress.
 
     Raises:
-      ValueError: a split does not have the examples it should.
+        ValueError: a split does not have as many examples as it should.
     """
     directory = Path(os.path.expanduser(data_dir)) / image_set.name / image_set.version
     if is_written(directory):
@@ -130,7 +134,7 @@ def _builder(image_set, data_dir, quiet):
 
 
 def _examples(title, split, quiet):
-    """The split's examples, counted, with a progress bar."""
+    """Yields the split's examples, counts them, and shows a progress bar."""
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 

@@ -1,8 +1,8 @@
 """Encoded image files to uint8 arrays, with the pixels that PIL would show.
 
-OpenCV decodes what it decodes as PIL does (ordinary JPEG and PNG files, nearly all there are) about
-1.5 times faster. Everything else (CMYK, palettes, 16 bits, WebP, ...) is PIL's, as in torchvision's
-`ImageFolder`. Like there, the EXIF orientation is ignored and an alpha channel is dropped.
+OpenCV decodes ordinary JPEG and PNG files, nearly all there are, to the same pixels as PIL and about 1.5 times faster.
+PIL decodes everything else (CMYK, palettes, 16 bits, WebP, ...), as in torchvision's `ImageFolder`. Like there, the
+EXIF orientation is ignored and an alpha channel is dropped.
 """
 
 import io
@@ -14,7 +14,12 @@ from sdpoint_jax.data.opencv import opencv
 
 
 class BadImageError(ValueError):
-    """An example that cannot be used. One line: `place`, where it is known, and `reason`."""
+    """An example that cannot be used; the message is one line.
+
+    Attributes:
+        reason: what is wrong.
+        place: the file, or the data set with the index; empty where it is not known.
+    """
 
     def __init__(self, reason: str, place: str = ""):
         super().__init__(reason, place)
@@ -28,8 +33,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     """Decodes an image file's bytes to uint8 [H, W, channels], with 1 (grey) or 3 (RGB) channels.
 
     Raises:
-      BadImageError: the bytes are no image, or not a whole one. The message names no place: the
-      caller knows it.
+        BadImageError: the bytes are no image, or not a whole one. The message names no place: the caller knows it.
     """
     if not data:
         raise BadImageError("empty file")
@@ -38,7 +42,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
 
 
 def _is_ordinary(data: bytes, channels: int) -> bool:
-    """True for the kinds of file whose pixels OpenCV and PIL agree on; not RGB made grey."""
+    """Tells whether OpenCV and PIL agree on the pixels of this kind of file; on RGB made grey they do not."""
     if data.startswith(b"\xff\xd8"):
         return _jpeg_components(data) in (1, channels)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -48,7 +52,7 @@ def _is_ordinary(data: bytes, channels: int) -> bool:
 
 
 def _jpeg_components(data: bytes) -> int:
-    """Colour components by a JPEG's frame header: 1 grey, 3 YCbCr, 4 CMYK; 0 without one."""
+    """Returns the number of colour components in a JPEG's frame header: 1 grey, 3 YCbCr, 4 CMYK; 0 without one."""
     position = 2
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]

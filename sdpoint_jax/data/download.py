@@ -1,4 +1,4 @@
-"""Files that must be right: fetched with resumption, and checked."""
+"""Files from the network that must be right: a download goes on where it was stopped, and has a checksum."""
 
 import hashlib
 import os
@@ -15,10 +15,10 @@ TIMEOUT_S = 20
 
 
 def download(url: str, path: str | os.PathLike) -> None:
-    """Fetches `url` to `path`, which appears when it is whole, and goes on where it was stopped.
+    """Fetches `url` to `path`, which appears when it is whole; goes on where an earlier call was stopped.
 
     Raises:
-      ValueError: the file cannot be fetched, with what to do instead.
+        ValueError: the file cannot be fetched; says what to do instead.
     """
     path = Path(path)
     if path.exists():
@@ -59,11 +59,7 @@ def _fetch(url, part):
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         with open(part, "ab" if start else "wb") as file:
-            _copy(
-                response,
-                file,
-                tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True),
-            )
+            _copy(response, file, tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True))
         if total and part.stat().st_size < total:
             raise OSError("the connection broke off; the same command goes on from there")
 
@@ -76,6 +72,6 @@ def _copy(response, file, progress):
 
 
 def md5(path: str | os.PathLike) -> str:
-    """The file's MD5 checksum, in hexadecimal."""
+    """Returns the file's MD5 checksum, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()

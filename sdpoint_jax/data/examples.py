@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,30 +18,41 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """(image file's bytes, label); OSError where the file cannot be read."""
+        """Returns (image file's bytes, label); raises OSError where the file cannot be read."""
 
     def where(self, index: int) -> str:
-        """The place of an example, for a person: a path where there is one."""
+        """Returns the place of an example, for a person: a path where there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedSet:
+    """An image classification set as it lies on disk.
+
+    Attributes:
+        class_names: the classes, in order of their labels.
+        channels: 1 (grey) or 3 (RGB).
+        image_size: (height, width) of every image, or None where they vary.
+        records: split name -> its encoded examples.
+    """
+
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int] | None
+    records: Mapping[str, Records]
 
 
 class DecodedSplit:
-    """One whole split, decoded; what is small enough is decoded once, on first use, and kept.
+    """Decodes the examples of one whole split; a split that is small enough is decoded once, on first use, and kept."""
 
-    Args:
-      records: the encoded examples.
-      channels: 1 or 3.
-      num_classes: labels must be in [0, num_classes).
-      image_size: (height, width) of every image, or None where they vary.
-    """
+    def __init__(self, records: Records, *, channels: int, num_classes: int, image_size: tuple[int, int] | None):
+        """Reads nothing yet.
 
-    def __init__(
-        self,
-        records: Records,
-        *,
-        channels: int,
-        num_classes: int,
-        image_size: tuple[int, int] | None,
-    ):
+        Args:
+            records: the encoded examples.
+            channels: 1 or 3.
+            num_classes: labels must be in [0, num_classes).
+            image_size: (height, width) of every image, or None where they vary.
+        """
         self.records = records
         self.channels = channels
         self.num_classes = num_classes
@@ -48,18 +60,14 @@ class DecodedSplit:
         self.cached = image_size is not None and len(records) * image_size[0] * image_size[1] * channels <= CACHE_BYTES
         self._images = self._labels = None
 
-    def __getstate__(self):
-        return {
-            **self.__dict__,
-            "_images": None,
-            "_labels": None,
-        }  # Worker processes fill their own cache.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_images": None, "_labels": None}  # Worker processes fill their own cache.
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(image uint8 [H, W, C], label); BadImageError names the example's place."""
+        """Returns (image uint8 [H, W, C], label); raises BadImageError with the example's place."""
         if not self.cached:
             return self.decode(index)
         if self._images is None:
@@ -72,7 +80,7 @@ class DecodedSplit:
         return self._images[index], int(self._labels[index])
 
     def decode(self, index: int) -> tuple[np.ndarray, int]:
-        """As `self[index]`, but always anew."""
+        """Returns the same as `self[index]`, but decodes always anew."""
         try:
             data, label = self.records.read(index)
             image = decode(data, self.channels)
@@ -86,21 +94,21 @@ class DecodedSplit:
         if not 0 <= label < self.num_classes:
             raise BadImageError(f"label {label} is not in [0, {self.num_classes})")
         if self.image_size is not None and image.shape[:2] != self.image_size:
-            height, width = image.shape[:2]
-            raise BadImageError(f"size {height}x{width} differs from the data set's {self.image_size}")
+            (height, width), valid = image.shape[:2], "x".join(map(str, self.image_size))
+            raise BadImageError(f"size {height}x{width} differs from the data set's {valid}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """A split, a slice of one, or several joined, as a sequence.
-
-    Its elements are {"image": uint8 [H, W, C], "label": int}.
+    """A split, a slice of one, or several joined, as a sequence of {"image": uint8 [H, W, C], "label": int}.
 
     Attributes:
-      parts: (decoded split, its first example, one past its last).
+        parts: (decoded split, its first example, one past its last).
+        title: data set and split, for messages.
     """
 
     parts: tuple[tuple[DecodedSplit, int, int], ...]
+    title: str
 
     def __len__(self) -> int:
         return self._size
@@ -111,16 +119,16 @@ class Examples:
 
     @property
     def cached(self) -> bool:
-        """True where decoded images are kept in memory."""
+        """Whether decoded images are kept in memory."""
         return all(split.cached for split, _, _ in self.parts)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         split, index = self._locate(index)
         image, label = split[index]
         return {"image": image, "label": label}
 
     def where(self, index: int) -> str:
-        """The place of an example, for a person."""
+        """Returns the place of an example, for a person."""
         split, index = self._locate(index)
         return split.records.where(index)
 

@@ -1,11 +1,12 @@
 """OpenCV, where it is installed."""
 
 import functools
+import types
 
 
 @functools.cache
-def opencv():
-    """The `cv2` module, or None: PIL then does its work, more slowly."""
+def opencv() -> types.ModuleType | None:
+    """Returns the `cv2` module, or None: PIL then does its work, more slowly."""
     try:
         import cv2
     except ImportError:

@@ -1,9 +1,8 @@
 """Batches of uint8 images.
 
-A training batch is a pure function of (seed, step): no state is kept from batch to batch, so that a
-run may begin at any step, on any number of hosts, with any number of threads and worker processes,
-and meets the same images in the same order with the same crops. Grain runs that function ahead of
-its use, in threads or processes.
+A training batch is a pure function of (seed, step): no state is kept from batch to batch, so that a run may begin at
+any step, on any number of hosts, with any number of threads and worker processes, and meets the same images in the same
+order with the same crops. Grain runs that function ahead of its use, in threads or processes.
 
 Host i of P takes rows i*B/P ... (i+1)*B/P - 1 of each global batch of B.
 """
@@ -11,12 +10,14 @@ Host i of P takes rows i*B/P ... (i+1)*B/P - 1 of each global batch of B.
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any, Self
 
 import numpy as np
 from absl import logging
 
 from sdpoint_jax.data.augment import Size, augmentation_named, resize_and_center_crop
-from sdpoint_jax.data.datasets import Dataset
+from sdpoint_jax.data.dataset import Dataset
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.data.examples import Examples
 
@@ -24,45 +25,80 @@ ORDER, AUGMENTATION = 0, 1  # What a random stream of a seed is for.
 
 
 class Batches:
-    """An iterator of batches; to be closed, or used in a `with` statement, unless used up."""
+    """Iterates over batches; must be closed, or used in a `with` statement, unless it is used up.
 
-    def __init__(self, iterator, dataset: Dataset):
+    Attributes:
+        num_skipped: how many bad images this host's batches have skipped so far; in training, a bad image counts each
+            time that it is read.
+    """
+
+    def __init__(self, iterator: Any, dataset: Dataset, title: str, num_examples: int | None = None):
+        """Takes over an iterator.
+
+        Args:
+            iterator: yields (arrays of a batch by name, list of BadImageError for the images that it has skipped).
+            dataset: takes down the bad images.
+            title: data set and split, for messages.
+            num_examples: of the whole split, where this iterator yields each example once; if all are skipped, that
+                is an error.
+        """
+        self.num_skipped = 0
         self._iterator = iterator
         self._dataset = dataset
+        self._title = title
+        self._num_examples = num_examples
+        self._last_error = None
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
             arrays, skipped = next(self._iterator)
-        except Exception:  # StopIteration among them
+        except StopIteration:
+            self.close()
+            self._check_end()
+            raise
+        except Exception:
             self.close()
             raise
         for error in skipped:
             self._report(error)
         return {name: _own(array) for name, array in arrays.items()}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.close()
 
     def close(self) -> None:
-        """Stops the threads and processes behind it."""
+        """Stops the threads and processes that read ahead."""
         self._iterator.close()
 
     def _report(self, error):
+        self.num_skipped += 1
+        self._last_error = error
         bad_images = self._dataset.bad_images
         if error.place not in bad_images:
             bad_images[error.place] = error.reason
             logging.warning("skipped bad image (%d so far): %s", len(bad_images), error)
 
+    def _check_end(self):
+        if not self.num_skipped:
+            return
+        if self.num_skipped == self._num_examples:
+            raise _none_usable(self._title, self.num_skipped, self._last_error)
+        logging.warning("%s: this host skipped %d bad images, which no result counts", self._title, self.num_skipped)
+
 
 def _own(array):
-    """A copy of a worker's array, which holds shared memory as long as it lives; else the array."""
+    """Returns a copy of a worker's array, which holds shared memory as long as it lives; else the array."""
     return array if type(array) is np.ndarray else np.array(array)
+
+
+def _none_usable(title: str, num_skipped: int, last: BadImageError) -> BadImageError:
+    return BadImageError(f"no image can be used, all {num_skipped} were skipped; the last one is {last}", title)
 
 
 def training_batches(
@@ -80,32 +116,40 @@ def training_batches(
     num_threads: int | None = None,
     num_workers: int = 0,
 ) -> Batches:
-    """Endless training batches, from batch `start_step` on.
+    """Yields training batches without end, from batch `start_step` on.
 
-    Every epoch is another random order of the split; each example comes once in it. A batch may end
-    an epoch and begin the next one.
+    Every epoch is another random order of the split; each example comes once in it. A batch may end an epoch and begin
+    the next one.
 
     Args:
-      batch_size: of the global batch, over all hosts.
-      seed: batch k is a pure function of (seed, k).
-      image_size: side, or (height, width), of the images that come out.
-      augmentation: a name in AUGMENTATIONS; "none" is the evaluation preprocessing, with `resize`.
-      resize: see `evaluation_batches`.
-      num_threads: 0 for none; by default one, or as many as there are cores (at most 16) if images
-        are decoded anew for each batch. One more batch than that waits in memory.
-      num_workers: processes to share the work; 0 for none. Each has `num_threads` of its own, by
-        default a share of the cores.
+        dataset: where the examples come from.
+        split: see `Dataset.source`.
+        batch_size: of the global batch, over all hosts.
+        seed: batch k is a pure function of (seed, k).
+        image_size: side, or (height, width), of the images that come out.
+        augmentation: see `augment.augmentation_named`; "none" is the evaluation preprocessing, with `resize`.
+        resize: see `evaluation_batches`.
+        start_step: number of the first batch.
+        process_index: which host this is.
+        process_count: how many hosts there are.
+        num_threads: 0 for none; by default one, or as many as there are cores (at most 16) if images are decoded anew
+            for each batch. One more batch than that waits in memory.
+        num_workers: processes to share the work; 0 for none. Each has `num_threads` of its own, by default a share of
+            the cores.
 
-    Yields:
-      {"images": uint8 [B, H, W, C], "labels": int32 [B]} with B = batch_size // process_count.
+    Returns:
+        an iterator of {"images": uint8 [B, H, W, C], "labels": int32 [B]} with B = batch_size // process_count.
 
     Raises:
-      ValueError: an unknown split or augmentation, a batch size that the hosts do not divide.
-      BadImageError: an example that cannot be used, unless the data set skips these.
+        ValueError: an unknown split or augmentation, a size below 1, a negative count, a batch size that the hosts do
+            not divide.
+        BadImageError: while iterating: an example that cannot be used, unless the data set skips these; then, that
+            none can be used.
     """
-    size = _size(image_size)
+    size = _size("image_size", image_size)
     augment = augmentation_named(augmentation, _resize_to(dataset, size, resize))
     rows = _host_rows(batch_size, process_index, process_count)
+    _check_counts(seed=seed, start_step=start_step)
     examples = dataset.source(split)
     read = _read_this if dataset.on_bad_image == "error" else _read_this_or_next
 
@@ -124,7 +168,7 @@ def training_batches(
     import grain
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    return _batches(steps, batch_at, dataset, examples, num_threads, num_workers)
+    return Batches(_run_ahead(steps.map(batch_at), examples, num_threads, num_workers), dataset, examples.title)
 
 
 def evaluation_batches(
@@ -139,29 +183,34 @@ def evaluation_batches(
     num_threads: int | None = None,
     num_workers: int = 0,
 ) -> Batches:
-    """Every example of the split once, over all hosts; as many batches on every host.
+    """Yields every example of the split once, over all hosts; as many batches on every host.
 
     Args:
-      batch_size: of the global batch, over all hosts. The last batch is filled up with rows of mask
-        0.
-      image_size: side, or (height, width), of the images that come out: the central part of the
-        resized image.
-      resize: the image is resized, its aspect kept, until it just covers this (height, width); a
-        number is the length of the shorter side. By default 256/224 of `image_size` where the
-        images vary in size, else `image_size`.
-      num_threads, num_workers: as in `training_batches`.
+        dataset: where the examples come from.
+        split: see `Dataset.source`.
+        batch_size: of the global batch, over all hosts. The last batch is filled up with rows of mask 0.
+        image_size: side, or (height, width), of the images that come out: the central part of the resized image.
+        resize: the image is resized, its aspect kept, until it just covers this (height, width); a number is the
+            length of the shorter side. By default 256/224 of `image_size` where the images vary in size, else
+            `image_size`.
+        process_index: which host this is.
+        process_count: how many hosts there are.
+        num_threads: see `training_batches`.
+        num_workers: see `training_batches`.
 
-    Yields:
-      {"images": uint8 [B, H, W, C], "labels": int32 [B], "mask": float32 [B]} with
-      B = batch_size // process_count. The mask is 1 for examples, and 0 for padding and for skipped
-      bad images, whose pixels and labels are 0.
+    Returns:
+        an iterator of {"images": uint8 [B, H, W, C], "labels": int32 [B], "mask": float32 [B]} with
+        B = batch_size // process_count. The mask is 1 for examples, and 0 for padding and for skipped bad images, whose
+        pixels and labels are 0.
 
     Raises:
-      ValueError: an unknown split, a batch size that the hosts do not divide, `resize` under
-        `image_size`.
-      BadImageError: an example that cannot be used, unless the data set skips these.
+        ValueError: an unknown split, a size below 1, a negative count, a batch size that the hosts do not divide,
+            `resize` under `image_size`.
+        BadImageError: while iterating: an example that cannot be used, unless the data set skips these; then, at the
+            end and on a single host, that none can be used. Of several hosts, each knows its own share alone: whoever
+            sums over the hosts has to check that the masks' sum is not 0.
     """
-    size = _size(image_size)
+    size = _size("image_size", image_size)
     resize_to = _resize_to(dataset, size, resize)
     rows = _host_rows(batch_size, process_index, process_count)
     examples = dataset.source(split)
@@ -184,14 +233,14 @@ def evaluation_batches(
     import grain
 
     steps = grain.MapDataset.range(-(-len(examples) // batch_size))
-    return _batches(steps, batch_at, dataset, examples, num_threads, num_workers)
+    iterator = _run_ahead(steps.map(batch_at), examples, num_threads, num_workers)
+    return Batches(iterator, dataset, examples.title, len(examples) if process_count == 1 else None)
 
 
 def epoch_order(positions: np.ndarray, num_examples: int, seed: int) -> np.ndarray:
-    """The examples at these positions of the endless training order: int64 [...] -> int64 [...].
+    """Returns the examples at these positions of the endless training order: int64 [...] -> int64 [...].
 
-    Positions e*N ... (e+1)*N - 1, with N examples, are epoch e: a permutation that depends on
-    (seed, e) alone.
+    Positions e*N ... (e+1)*N - 1, with N examples, are epoch e: a permutation that depends on (seed, e) alone.
     """
     epochs, places = np.divmod(positions, num_examples)
     indices = np.empty_like(positions)
@@ -209,7 +258,7 @@ def _permutation(num_examples, seed, epoch):
 # What is read at a place, by `on_bad_image`. Errors that are passed over go to `skipped`.
 
 
-def _read_this(examples: Examples, index: int, skipped: list[BadImageError]) -> dict:
+def _read_this(examples: Examples, index: int, skipped: list[BadImageError]) -> dict[str, Any]:
     del skipped
     return examples[index]
 
@@ -226,18 +275,20 @@ def _read_this_or_next(examples, index, skipped):
         example = _read_this_or_none(examples, (index + step) % len(examples), skipped)
         if example is not None:
             return example
-    raise BadImageError(f"none of the {len(examples)} images can be used", skipped[-1].place)
+    raise _none_usable(examples.title, len(examples), skipped[-1])
 
 
-def _size(size) -> Size:
+def _size(key, size) -> Size:
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"{key} {size}: height and width are at least 1")
     return int(height), int(width)
 
 
 def _resize_to(dataset, size, resize) -> Size:
     if resize is None:
         return size if dataset.image_size else tuple(round(side * 256 / 224) for side in size)
-    resize = _size(resize)
+    resize = _size("resize", resize)
     if resize[0] < size[0] or resize[1] < size[1]:
         raise ValueError(f"resize {resize} does not cover the image size {size}; valid: at least {size}")
     return resize
@@ -247,23 +298,31 @@ def _host_rows(batch_size, process_index, process_count) -> slice:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch size {batch_size} is not divisible by the number of hosts, {process_count}")
+        raise ValueError(f"batch_size {batch_size}: a positive multiple of the number of hosts, {process_count}")
     share = batch_size // process_count
     return slice(process_index * share, (process_index + 1) * share)
 
 
-def _batches(steps, batch_at, dataset, examples, num_threads, num_workers) -> Batches:
-    """Runs `batch_at` ahead for the steps, in threads or worker processes."""
+def _check_counts(**counts: int) -> None:
+    for key, value in counts.items():
+        if value < 0:
+            raise ValueError(f"{key} {value}: at least 0")
+
+
+def _run_ahead(batches, examples, num_threads, num_workers):
+    """Returns an iterator of a Grain data set's batches, which threads or processes compute ahead of their use."""
     import grain
 
+    _check_counts(num_workers=num_workers)
     if num_threads is None:
         cores = 1 if examples.cached else min(os.cpu_count() or 1, 16)
         num_threads = max(1, cores // max(1, num_workers))
-    batches = steps.map(batch_at).to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads + 1))
+    _check_counts(num_threads=num_threads)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads + 1))
     if num_workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain wants this done; in a notebook it is not.
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2))
-    return Batches(iter(batches), dataset)
+    return iter(batches)

@@ -1,27 +1,13 @@
-"""Prepares a data set, once: writes it where `load_dataset` finds it, as array_record files.
+"""Prepares a data set, once: writes it where `load_dataset` finds it, as array_record files."""
 
-    python -m sdpoint_jax.data.prepare cifar10 --data-dir=DIR
-    python -m sdpoint_jax.data.prepare cifar100 --source=cifar-100-python.tar.gz
-    python -m sdpoint_jax.data.prepare imagenet2012 --source=DIRECTORY_OF_THE_TWO_TAR_FILES
-    python -m sdpoint_jax.data.prepare folder:/path/to/images --name=my_images
-    python -m sdpoint_jax.data.prepare NAME
-
-CIFAR is downloaded without --source. A folder can be used as it is; prepared, it is faster on a
-network disk. Another NAME is one of TFDS's catalogue, which may need TensorFlow.
-
-A set that is there already is left alone. An interrupted command may be given again: a download
-goes on where it was, the writing starts anew, and nothing is taken for a whole set before it is
-one.
-"""
-
-import argparse
 import os
 import re
-import sys
 from pathlib import Path
 
-from sdpoint_jax.data import builder, cifar, digits, download, folder, imagenet
-from sdpoint_jax.data.datasets import ON_BAD_IMAGE, default_data_dir, prepared_sets
+from sdpoint_jax.data import builder, download
+from sdpoint_jax.data.dataset import FOLDER, check_on_bad_image, default_data_dir
+from sdpoint_jax.data.sources import cifar, digits, folder, imagenet
+from sdpoint_jax.data.sources.tfds import is_in_catalogue, prepared_sets
 
 
 def prepare(
@@ -35,19 +21,19 @@ def prepare(
     """Prepares a data set and returns its directory.
 
     Args:
-      name: "digits", "cifar10", "cifar100", "imagenet2012", "folder:PATH", or another set of TFDS's
-        catalogue.
-      data_dir: where prepared sets go; by default TFDS's.
-      source: the archive, or a directory that holds the archives; without it CIFAR is downloaded.
-      set_name: of a folder, the name to load it by.
-      on_bad_image: of a folder, "error" or "skip".
+        name: "digits", "cifar10", "cifar100", "imagenet2012", "folder:PATH", or another set of TFDS's catalogue.
+        data_dir: where prepared sets go; by default TFDS's.
+        source: the archive, or a directory that holds the archives; without it CIFAR is downloaded.
+        set_name: the name to load a folder by; by default made from the folder's own.
+        on_bad_image: what to do with an image of a folder that cannot be decoded: "error" or "skip".
 
     Raises:
-      ValueError: what is missing or wrong, in one line.
+        ValueError: what is missing or wrong, in one line.
     """
+    check_on_bad_image(on_bad_image)
     data_dir = os.path.expanduser(data_dir or default_data_dir())
-    if name.startswith("folder:"):
-        return _prepare_folder(name.removeprefix("folder:"), data_dir, set_name, on_bad_image)
+    if name.startswith(FOLDER):
+        return _prepare_folder(name.removeprefix(FOLDER), data_dir, set_name, on_bad_image)
     if name in (found := prepared_sets(data_dir)):
         return found[name]
     if name == digits.NAME:
@@ -97,7 +83,7 @@ def _prepare_folder(root, data_dir, set_name, on_bad_image):
 def _prepare_from_catalogue(name, data_dir):
     import tensorflow_datasets as tfds
 
-    if re.split("[/:]", name)[0] not in tfds.list_builders(with_community_datasets=False):
+    if not is_in_catalogue(name):
         raise ValueError(f"unknown data set {name!r}; valid: digits, folder:PATH, names of TFDS's catalogue")
     try:
         made = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -118,48 +104,10 @@ def _check_network(made, data_dir):
 
 
 def _find(source, names):
-    """`source` if it is a file, else the first of `names` in it."""
+    """Returns `source` if it is a file, else the path of the first of `names` in it."""
     if os.path.isfile(source):
         return source
     found = [path for name in names if os.path.isfile(path := os.path.join(source, name))]
     if not found:
         raise ValueError(f"{source}: no {' or '.join(names)} there")
     return found[0]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", metavar="NAME", help="the data set")
-    parser.add_argument(
-        "--data-dir",
-        help="where prepared sets go (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
-    )
-    parser.add_argument("--source", help="the archive, or the directory of the archives, that the set is made from")
-    parser.add_argument("--name", help="for a folder: the name to load it by (default: that of the folder)")
-    parser.add_argument("--on-bad-image", choices=ON_BAD_IMAGE, default="error", help="for a folder")
-    options = parser.parse_args(arguments)
-    try:
-        directory = prepare(
-            options.dataset,
-            options.data_dir,
-            source=options.source,
-            set_name=options.name,
-            on_bad_image=options.on_bad_image,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: give the same command again", file=sys.stderr)
-        return 130
-    print(f"{options.dataset} is prepared: {directory}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

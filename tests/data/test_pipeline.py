@@ -179,9 +179,12 @@ def test_an_evaluation_is_the_same_however_it_is_read(options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 10, "process_count": 4}, "batch size 10 .*hosts, 4"),
-        ({"batch_size": 0}, "batch size 0"),
+        ({"batch_size": 10, "process_count": 4}, "batch_size 10: .*hosts, 4"),
+        ({"batch_size": 0}, "batch_size 0: a positive multiple"),
         ({"process_index": 2, "process_count": 2}, r"process_index 2 .*\[0, 2\)"),
+        ({"image_size": (8, 0)}, r"image_size \(8, 0\): .*at least 1"),
+        ({"num_threads": -2}, "num_threads -2: at least 0"),
+        ({"num_workers": -1}, "num_workers -1: at least 0"),
         ({"resize": 7}, r"resize \(7, 7\) .*at least \(8, 8\)"),
     ],
 )
@@ -190,6 +193,12 @@ def test_impossible_settings_name_the_value_and_the_valid_ones(batches, options,
     options = {"batch_size": 16, "image_size": 8, **more, **options}
     with pytest.raises(ValueError, match=message):
         batches(numbered(), "train", **options)
+
+
+@pytest.mark.parametrize("key", ["seed", "start_step"])
+def test_a_negative_seed_or_step_is_refused(key):
+    with pytest.raises(ValueError, match=f"{key} -1: at least 0"):
+        take(numbered(), 1, **{key: -1})
 
 
 def test_an_unknown_augmentation_is_refused_at_once():
@@ -245,9 +254,44 @@ def test_skipping_changes_with_neither_hosts_nor_restarts():
     assert_same(joined(shares), whole[10:])
 
 
-def test_a_split_of_bad_images_only_is_an_error():
-    with pytest.raises(data.BadImageError, match="none of the 5 images can be used"):
+ALL_SKIPPED = r"^numbered (train|test): no image can be used, all 5 were skipped; the last one is /numbered/\d.png: .*"
+
+
+def test_a_training_split_of_bad_images_only_is_an_error():
+    with pytest.raises(data.BadImageError, match=ALL_SKIPPED) as error:
         take(numbered(5, bad=range(5), on_bad_image="skip"), 1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_threads": 3}, {"batch_size": 2}])
+def test_an_evaluation_of_bad_images_only_ends_in_an_error(options):
+    with pytest.raises(data.BadImageError, match=ALL_SKIPPED) as error:
+        evaluate(numbered(5, bad=range(5), on_bad_image="skip"), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_host_whose_share_is_all_bad_leaves_the_verdict_to_the_sum_over_hosts():
+    masks = [batch["mask"] for batch in evaluate(numbered(6, bad=range(3, 6), on_bad_image="skip"), 2, batch_size=6)]
+    np.testing.assert_array_equal(masks, [[1, 1, 1, 0, 0, 0]])
+
+
+def test_batches_say_how_many_images_they_have_skipped(caplog):
+    dataset = numbered(20, bad=(3, 9, 14), on_bad_image="skip")
+    with data.evaluation_batches(dataset, "test", batch_size=8, image_size=8) as batches:
+        assert batches.num_skipped == 0
+        skipped = [batches.num_skipped for _ in batches]
+    assert skipped == [1, 3, 3]
+    assert caplog.messages[-1] == "numbered test: this host skipped 3 bad images, which no result counts"
+    with data.training_batches(
+        dataset, "train", batch_size=20, seed=0, image_size=8, augmentation="shift"
+    ) as batches:  # fmt: skip
+        next(batches), next(batches)  # Two epochs.
+        assert batches.num_skipped == 6
+
+
+def test_an_evaluation_without_bad_images_warns_of_none(caplog):
+    evaluate(numbered(20, on_bad_image="skip"))
+    assert not caplog.messages
 
 
 def test_a_label_beyond_the_classes_is_an_error_with_its_place():

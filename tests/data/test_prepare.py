@@ -1,5 +1,6 @@
 """Preparing data sets: from archives of the official form, whole or not at all."""
 
+import argparse
 import contextlib
 import functools
 import http.server
@@ -19,7 +20,9 @@ import pytest
 from PIL import Image
 
 from sdpoint_jax import data
-from sdpoint_jax.data import cifar, download, imagenet, prepare
+from sdpoint_jax.cli import prepare as command
+from sdpoint_jax.data import download, prepare
+from sdpoint_jax.data.sources import cifar, imagenet
 
 COUNTS = {"train": 25, "test": 5}
 RNG = np.random.default_rng(0)
@@ -215,15 +218,22 @@ def test_imagenet_is_what_its_tar_files_hold(small_imagenet, tmp_path):
         assert not expected[split]
 
 
-def test_a_truncated_imagenet_leaves_no_set(small_imagenet, tmp_path, capsys):
+def test_a_truncated_imagenet_leaves_no_set(small_imagenet, tmp_path):
     source, _ = small_imagenet
     train = source / "ILSVRC2012_img_train.tar"
     train.write_bytes(train.read_bytes()[: train.stat().st_size // 2])
-    options = ["imagenet2012", f"--data-dir={tmp_path / 'sets'}", f"--source={source}"]
-    assert prepare.main(options) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {train}: ")
+    with pytest.raises(ValueError, match=f"^{train}: damaged") as error:
+        prepare.prepare("imagenet2012", str(tmp_path / "sets"), source=str(source))
+    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="not prepared"):
         data.load_dataset("imagenet2012", str(tmp_path / "sets"))
+
+
+def test_a_validation_archive_that_lacks_images_is_refused(small_imagenet, tmp_path):
+    source, _ = small_imagenet
+    archive = write_tar(source / "ILSVRC2012_img_val.tar", {"ILSVRC2012_val_00000001.JPEG": jpeg(101)}, "w")
+    with pytest.raises(ValueError, match=f"{archive}: 1 images in it, 3 expected"):
+        prepare.prepare("imagenet2012", str(tmp_path / "sets"), source=str(source))
 
 
 def test_imagenet_says_which_files_it_needs(tmp_path):
@@ -244,8 +254,16 @@ def image_folder(tmp_path):
     return tmp_path / "My Images"
 
 
-def test_a_prepared_folder_is_the_folder(image_folder, tmp_path):
-    assert prepare.main([f"folder:{image_folder}", f"--data-dir={tmp_path}"]) == 0
+def run_command(*arguments):
+    """Runs the command as a parser of its own would."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+def test_a_prepared_folder_is_the_folder(image_folder, tmp_path, capsys):
+    assert not run_command(f"folder:{image_folder}", f"--data-dir={tmp_path}")
+    assert capsys.readouterr().out == f"folder:{image_folder} is prepared: {tmp_path}/my_images/1.0.0\n"
     one = data.load_dataset(f"folder:{image_folder}")
     other = data.load_dataset("my_images", str(tmp_path))
     assert other.class_names == one.class_names and other.splits == one.splits
@@ -269,16 +287,45 @@ def test_an_impossible_name_for_a_folder_is_refused(image_folder, tmp_path):
         prepare.prepare(f"folder:{image_folder}", str(tmp_path), set_name="7 seas")
 
 
-def test_an_unknown_name_is_refused_in_one_line(tmp_path, capsys):
-    assert prepare.main(["no_such_set", f"--data-dir={tmp_path}"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: unknown data set 'no_such_set'") and error.count("\n") == 1
+def test_the_commands_flags_reach_the_preparation(image_folder, tmp_path):
+    (image_folder / "train" / "bee" / "3.jpg").write_bytes(b"broken")
+    flags = [f"--data-dir={tmp_path}", "--name=mine"]
+    with pytest.raises(data.BadImageError, match="not an image"):
+        run_command(f"folder:{image_folder}", *flags)
+    run_command(f"folder:{image_folder}", *flags, "--on-bad-image=skip")
+    assert data.load_dataset("mine", str(tmp_path)).splits == {"train": 7, "validation": 4}
+    with pytest.raises(ValueError, match=f"{tmp_path}: no cifar-10-binary.tar.gz or cifar-10-python.tar.gz there"):
+        run_command("cifar10", f"--data-dir={tmp_path}", f"--source={tmp_path}")
+
+
+def test_an_unknown_name_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="^unknown data set 'no_such_set'; valid: digits") as error:
+        run_command("no_such_set", f"--data-dir={tmp_path}")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_treatment_of_bad_images_names_the_known_ones(image_folder, tmp_path):
+    with pytest.raises(argparse.ArgumentError, match="--on-bad-image.*'stop'.*error.*skip"):
+        run_command("digits", "--on-bad-image=stop")
+    with pytest.raises(ValueError, match="on_bad_image 'stop'; valid: error, skip"):
+        prepare.prepare(f"folder:{image_folder}", str(tmp_path), on_bad_image="stop")
+
+
+def test_parsing_the_commands_flags_imports_no_heavy_library():
+    code = (
+        "import argparse, sys; from sdpoint_jax.cli import prepare; "
+        "prepare.add_arguments(argparse.ArgumentParser()); "
+        "print({'jax', 'numpy', 'absl', 'tensorflow_datasets'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 def test_a_killed_preparation_is_done_anew(image_folder, tmp_path):
     code = """
 import sys, time
-from sdpoint_jax.data import folder, prepare
+from sdpoint_jax.data import prepare
+from sdpoint_jax.data.sources import folder
 examples = folder._checked_examples
 def slow(*arguments):
     for example in examples(*arguments):

@@ -1,4 +1,4 @@
-"""Data sets by name; the embedded digits."""
+"""Data sets by name, and their splits."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sdpoint_jax import data
-from sdpoint_jax.data import builder, digits
+from sdpoint_jax.data import builder
+from sdpoint_jax.data.sources import digits
 
 SPLITS = {"train": 1197, "validation": 200, "test": 400}
 
@@ -37,31 +38,6 @@ def test_digits_have_the_documented_form(dataset):
     assert dataset.splits == SPLITS
     assert dataset.class_names == tuple("0123456789") and dataset.num_classes == 10
     assert dataset.channels == 1 and dataset.image_size == (8, 8)
-
-
-def test_digits_are_scikit_learns_each_in_one_split(dataset):
-    from sklearn.datasets import load_digits
-
-    expected = load_digits()
-    found = [example for split in SPLITS for example in dataset.source(split)]
-    key = lambda image, label: (image.tobytes(), int(label))  # noqa: E731
-    scaled = np.rint(expected.images * 255 / 16).astype(np.uint8)
-    assert sorted(key(example["image"], example["label"]) for example in found) == sorted(
-        map(key, scaled, expected.target)
-    )
-    assert max(example["image"].max() for example in found) == 255
-
-
-def test_every_digit_split_has_every_class_in_proportion():
-    from sklearn.datasets import load_digits
-
-    labels = load_digits().target
-    splits = digits.split_indices(labels)
-    assert sorted(np.concatenate(list(splits.values()))) == list(range(1797))
-    for split, indices in splits.items():
-        share = SPLITS[split] / 1797
-        counts = np.bincount(labels[indices], minlength=10)
-        assert np.abs(counts - share * np.bincount(labels)).max() < 2, split
 
 
 def test_processes_that_race_to_prepare_the_digits_all_get_them(tmp_path):
@@ -124,7 +100,7 @@ def test_an_unknown_name_lists_the_known_ones(dataset, data_dir):
 
 
 def test_a_set_that_is_not_prepared_comes_with_the_command_that_does_it(data_dir):
-    command = f"python -m sdpoint_jax.data.prepare cifar10 --data-dir={data_dir}"
+    command = f"python -m sdpoint_jax prepare cifar10 --data-dir={data_dir}"
     with pytest.raises(ValueError, match=f"'cifar10' is not prepared.*{command}"):
         data.load_dataset("cifar10", data_dir)
 

@@ -1,8 +1,7 @@
 """ImageNet (ILSVRC 2012) from the two tar files of its site, without TensorFlow.
 
-The image files are taken as they are: the PNG and the CMYK images among them are `decode`'s
-business. The result has the features of TFDS's catalogue, so that
-`tfds.data_source("imagenet2012")` reads it too.
+The image files are taken as they are: the PNG and the CMYK images among them are `decode`'s business. The result has
+the features of TFDS's catalogue, so that `tfds.data_source("imagenet2012")` reads it too.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ NUM_EXAMPLES = {"train": 1_281_167, "validation": 50_000}
 
 
 def image_set(archives: dict[str, str]) -> ImageSet:
-    """ImageNet, to be written as a TFDS data set.
+    """Describes ImageNet, to be written as a TFDS data set.
 
     Args:
-      archives: "train" and "validation" -> path of the tar file.
+        archives: "train" and "validation" -> path of the tar file.
     """
     class_names = _lines("labels.txt")
     examples = {
@@ -41,7 +40,7 @@ def image_set(archives: dict[str, str]) -> ImageSet:
 
 
 def _lines(file):
-    """The class names, or those of the validation images in order of their files: TFDS has both."""
+    """Returns the class names, or those of the validation images in order of their files: TFDS has both."""
     import tensorflow_datasets as tfds
 
     return Path(tfds.core.tfds_path("datasets/imagenet2012")).joinpath(file).read_text().split()
@@ -63,26 +62,27 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.ExFileObject]]:
 
 
 def _train_examples(archive, class_names):
-    """The archive holds a tar file for each class."""
+    """Yields the images of an archive that holds a tar file for each class."""
     labels = {name: label for label, name in enumerate(class_names)}
     with _opened(archive) as outer:
         for class_file, content in _files(outer):
             class_name = class_file.removesuffix(".tar")
             if class_name not in labels:
-                raise ValueError(f"{archive}: {class_file} in it is no class of ImageNet")
+                raise ValueError(
+                    f"{archive}: {class_file} in it is no class; valid: names such as {class_names[0]}.tar"
+                )
             with tarfile.open(fileobj=content) as inner:
                 for name, image in _files(inner):
-                    yield (
-                        name,
-                        {"file_name": name, "image": image.read(), "label": labels[class_name]},
-                    )
+                    yield name, {"file_name": name, "image": image.read(), "label": labels[class_name]}
 
 
 def _validation_examples(archive, class_names):
     labels = {name: label for label, name in enumerate(class_names)}
     with _opened(archive) as tar:
-        names = sorted(member.name for member in tar if member.isfile())
-        class_of = dict(zip(names, _lines("validation_labels.txt"), strict=True))
+        names, classes = sorted(member.name for member in tar if member.isfile()), _lines("validation_labels.txt")
+        if len(names) != len(classes):
+            raise ValueError(f"{archive}: {len(names)} images in it, {len(classes)} expected")
+        class_of = dict(zip(names, classes, strict=True))
         for name, image in _files(tar):
             yield name, {"file_name": name, "image": image.read(), "label": labels[class_of[name]]}
 

@@ -1,9 +1,8 @@
 """Image folders in ImageNet's layout: train/CLASS/IMAGE, and val|test/CLASS/IMAGE.
 
-As in torchvision's `ImageFolder`, classes are the sorted names of the folders in `train`, images
-are found by their extensions at any depth, and other files are passed over; here with a warning.
-Unlike there, the order of the images is shuffled (by a hash of their names, so always the same), so
-that a slice such as `train[:90%]` holds every class.
+As in torchvision's `ImageFolder`, classes are the sorted names of the folders in `train`, images are found by their
+extensions at any depth, and other files are passed over; here with a warning. Unlike there, the order of the images is
+shuffled (by a hash of their names, so always the same), so that a slice such as `train[:90%]` holds every class.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from absl import logging
 
 from sdpoint_jax.data.builder import ImageSet, Split
 from sdpoint_jax.data.decode import BadImageError
-from sdpoint_jax.data.examples import CACHE_BYTES, DecodedSplit
+from sdpoint_jax.data.examples import CACHE_BYTES, DecodedSplit, EncodedSet
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
@@ -27,10 +26,10 @@ class FolderRecords:
     """The image files of one split; see `examples.Records`.
 
     Attributes:
-      root: the split's folder.
-      files: CLASS/IMAGE paths below it.
-      labels: the classes of the files.
-      passed_over: the paths below it that are no images, by their extensions or places.
+        root: the split's folder.
+        files: CLASS/IMAGE paths below it.
+        labels: the classes of the files.
+        passed_over: the paths below it that are no images, by their extensions or places.
     """
 
     root: str
@@ -42,22 +41,30 @@ class FolderRecords:
         return len(self.files)
 
     def read(self, index: int) -> tuple[bytes, int]:
+        """Returns (image file's bytes, label); raises OSError where the file cannot be read."""
         with open(self.where(index), "rb") as file:
             return file.read(), self.labels[index]
 
     def where(self, index: int) -> str:
+        """Returns the path of an example."""
         return os.path.join(self.root, self.files[index])
 
 
+def open_folder(root: str) -> EncodedSet:
+    """Opens an image folder as a data set of RGB images; see `read_folder` for what it raises."""
+    class_names, records = read_folder(root)
+    return EncodedSet(class_names, channels=3, image_size=common_image_size(records), records=records)
+
+
 def read_folder(root: str) -> tuple[tuple[str, ...], dict[str, FolderRecords]]:
-    """Lists an image folder.
+    """Lists the images of a folder.
 
     Returns:
-      (class names, split name -> records). The splits are those of FOLDERS that are there.
+        (class names, split name -> records). The splits are those of FOLDERS that are there.
 
     Raises:
-      ValueError: no folder, no training split, fewer than two classes, a class without training
-        images, a later split with another class or without any images.
+        ValueError: no folder, no training split, fewer than two classes, a class without training images, another
+            split with a class that training lacks or without any images.
     """
     if not os.path.isdir(root):
         raise ValueError(f"folder:{root}: there is no such folder")
@@ -66,18 +73,17 @@ def read_folder(root: str) -> tuple[tuple[str, ...], dict[str, FolderRecords]]:
         raise ValueError(f"folder:{root}: no 'train' folder; valid: train/CLASS/IMAGE, val|test/CLASS/IMAGE")
     class_names = tuple(_subfolders(places["train"]))
     if len(class_names) < 2:
-        raise ValueError(f"{places['train']}: {len(class_names)} class folders in it, a classifier needs 2")
+        raise ValueError(f"{places['train']}: {len(class_names)} class folders in it, a classifier needs at least 2")
     records = {split: _records(place, class_names) for split, place in places.items() if place}
     _check_classes(records["train"], class_names)
     return class_names, records
 
 
 def common_image_size(splits: dict[str, FolderRecords]) -> tuple[int, int] | None:
-    """(height, width) if all images have it and are few enough to be kept decoded, else None.
+    """Returns the (height, width) of all images, or None where they vary or are too many to be kept decoded.
 
-    Only file headers are read, and mostly a few: the first two photographs rarely have the same
-    size. A file without a readable header counts as of the common size: it is reported when it is
-    decoded.
+    Only file headers are read, and mostly a few: the first two photographs rarely have the same size. A file without
+    a readable header counts as of the common size: it is reported when it is decoded.
     """
     paths = [records.where(index) for records in splits.values() for index in range(len(records))]
     size = next(filter(None, map(_image_size, paths)), None)
@@ -91,11 +97,15 @@ def common_image_size(splits: dict[str, FolderRecords]) -> tuple[int, int] | Non
 
 
 def image_set(root: str, name: str, on_bad_image: str) -> ImageSet:
-    """An image folder, to be written as a TFDS data set. Every image is decoded, to check it.
+    """Describes an image folder, to be written as a TFDS data set; every image is decoded then, to check it.
 
     Args:
-      name: to load it by.
-      on_bad_image: "error", or "skip": images that cannot be decoded are reported and left out.
+        root: the folder.
+        name: what the written set is loaded by.
+        on_bad_image: "error", or "skip": images that cannot be decoded are reported and left out.
+
+    Raises:
+        ValueError: see `read_folder`.
     """
     class_names, records = read_folder(root)
     size = common_image_size(records)
@@ -171,7 +181,7 @@ def _records(folder, class_names):
 
 
 def _files_below(folder):
-    """Relative paths of all files at any depth."""
+    """Yields the relative paths of all files at any depth."""
     for place, _, names in os.walk(folder, followlinks=True):
         inner = os.path.relpath(place, folder)
         yield from (name if inner == os.curdir else os.path.join(inner, name) for name in names)

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from sdpoint_jax import data
-from sdpoint_jax.data import folder
+from sdpoint_jax.data.sources import folder
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 
 
 def image_bytes(seed=0, size=(20, 30), mode="RGB", format="PNG", **options):

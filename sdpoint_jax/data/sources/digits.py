@@ -1,10 +1,9 @@
 """The embedded data set: scikit-learn's 1,797 handwritten digits.
 
-The images are 8x8, grey, with values 0..16, stored here as PNG with values 0..255. The split is
-fixed. Sort the images by class, keeping scikit-learn's order within a class; of this list, 400
-evenly spaced images are the test split; of the others, 200 evenly spaced ones are the validation
-split; the remaining 1,197 are the training split. So each split has every class in proportion, to
-within two images.
+The images are 8x8, grey, with values 0..16, stored here as PNG with values 0..255. The split is fixed. Sort the images
+by class, keeping scikit-learn's order within a class; of this list, 400 evenly spaced images are the test split; of the
+others, 200 evenly spaced ones are the validation split; the remaining 1,197 are the training split. So each split has
+every class in proportion, to within two images.
 """
 
 import functools
@@ -18,7 +17,7 @@ NUM_EXAMPLES = {"train": 1197, "validation": 200, "test": 400}
 
 
 def image_set() -> ImageSet:
-    """The digits, to be written as a TFDS data set."""
+    """Describes the digits, to be written as a TFDS data set."""
     return ImageSet(
         name=NAME,
         version=VERSION,
@@ -30,7 +29,7 @@ def image_set() -> ImageSet:
 
 
 def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Split -> indices into scikit-learn's order, by the rule above; `labels` is int [1797]."""
+    """Returns split -> indices int [n] into scikit-learn's order, by the rule above; `labels` is int [1797]."""
     by_class = np.argsort(labels, kind="stable")
     others, test = _take_evenly(by_class, NUM_EXAMPLES["test"])
     train, validation = _take_evenly(others, NUM_EXAMPLES["validation"])
@@ -38,7 +37,7 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _take_evenly(indices, count):
-    """(the others, `count` evenly spaced ones)."""
+    """Returns (the others, `count` evenly spaced ones)."""
     quota = np.arange(len(indices) + 1) * count // len(indices)
     taken = np.diff(quota) == 1
     return indices[~taken], indices[taken]

@@ -23,11 +23,10 @@ class Layout:
     """Where things are in a version of the archive.
 
     Attributes:
-      files: split name -> files with images.
-      names: label -> file with the names of its classes (binary), or key in `meta` (Python).
-      labels: label -> place of its byte before each image's pixels (binary), or key beside them
-      (Python).
-      meta: the file with the class names (Python only).
+        files: split name -> files with images.
+        names: label -> file with the names of its classes (binary), or key in `meta` (Python).
+        labels: label -> place of its byte before each image's pixels (binary), or key beside them (Python).
+        meta: the file with the class names (Python only).
     """
 
     files: dict[str, list[str]]
@@ -75,16 +74,15 @@ NUM_EXAMPLES = {"train": 50_000, "test": 10_000}
 
 
 def image_set(name: str, archive: str, version: str) -> ImageSet:
-    """CIFAR, to be written as a TFDS data set.
+    """Describes CIFAR, to be written as a TFDS data set.
 
     Args:
-      name: "cifar10" or "cifar100".
-      archive: path of the archive; its contents are trusted, so its checksum must have been
-      verified.
-      version: which archive it is, a key of MD5.
+        name: "cifar10" or "cifar100".
+        archive: path of the archive; its contents are trusted, so its checksum must have been verified.
+        version: which archive it is, a key of MD5.
 
     Raises:
-      ValueError: the archive lacks a file.
+        ValueError: the archive lacks a file.
     """
     layout = LAYOUTS[version]
     contents = _contents(archive, layout)
@@ -105,16 +103,13 @@ def image_set(name: str, archive: str, version: str) -> ImageSet:
 
 
 def _contents(archive, layout):
-    """File name -> bytes, of the files that matter."""
-    wanted = [
-        *sum(layout.files.values(), []),
-        *([layout.meta] if layout.meta else layout.names.values()),
-    ]
+    """Returns file name -> bytes, of the files that matter."""
+    wanted = [*sum(layout.files.values(), []), *([layout.meta] if layout.meta else layout.names.values())]
     with tarfile.open(archive) as tar:
         found = {PurePosixPath(member.name).name: tar.extractfile(member).read() for member in tar if member.isfile()}
     missing = sorted(set(wanted) - set(found))
     if missing:
-        raise ValueError(f"{archive}: no file {missing[0]} in it")
+        raise ValueError(f"{archive}: no file {missing[0]} in it; needs {', '.join(wanted)}")
     return {name: found[name] for name in wanted}
 
 

@@ -1,0 +1,123 @@
+"""Data sets by name: the embedded digits, prepared TFDS sets, image folders."""
+
+import dataclasses
+import os
+import types
+from collections.abc import Mapping
+
+from sdpoint_jax.data import builder
+from sdpoint_jax.data.examples import DecodedSplit, EncodedSet, Examples
+from sdpoint_jax.data.sources import digits
+from sdpoint_jax.data.sources.folder import open_folder
+from sdpoint_jax.data.sources.tfds import open_prepared
+
+ON_BAD_IMAGE = ("error", "skip")
+FOLDER = "folder:"  # What the name of an image folder begins with.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """An image classification data set, read on demand.
+
+    Attributes:
+        name: what it was loaded by.
+        class_names: the classes, in order of their labels.
+        channels: 1 (grey) or 3 (RGB).
+        image_size: (height, width) of every image, or None where they vary.
+        on_bad_image: what batches do with an example that cannot be used: "error" or "skip".
+        decoded: split name -> its decoded examples.
+        bad_images: place -> reason of the bad images that batches have met so far.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: tuple[int, int] | None
+    on_bad_image: str
+    decoded: Mapping[str, DecodedSplit] = dataclasses.field(repr=False)
+    bad_images: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Split name -> number of examples."""
+        return {split: len(decoded) for split, decoded in self.decoded.items()}
+
+    def source(self, split: str) -> Examples:
+        """Returns the examples of a split, by random access: {"image": uint8 [H, W, C], "label": int}.
+
+        Args:
+            split: a split's name, a slice in TFDS's notation ("train[:90%]", "train[1000:]"), or a sum of these.
+
+        Raises:
+            ValueError: an unknown split, or one without examples.
+        """
+        parts = tuple((self.decoded[name], start, end) for name, start, end in self._parts(split))
+        examples = Examples(parts, f"{self.name} {split}")
+        if not len(examples):
+            raise ValueError(f"split {split!r} of {self.name} holds no examples; splits: {self._sizes()}")
+        return examples
+
+    def _parts(self, split):
+        import tensorflow_datasets as tfds
+
+        sizes = {name: types.SimpleNamespace(num_examples=size) for name, size in self.splits.items()}
+        try:
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(sizes)
+            ends = [sizes[part.splitname].num_examples if part.to is None else part.to for part in parts]
+            return [(part.splitname, part.from_ or 0, end) for part, end in zip(parts, ends, strict=True)]
+        except Exception:
+            message = f"unknown split {split!r} of {self.name}; valid: slices and sums of {self._sizes()}"
+            raise ValueError(message) from None
+
+    def _sizes(self):
+        return ", ".join(f"{name} ({size})" for name, size in self.splits.items())
+
+
+def load_dataset(name: str, data_dir: str | None = None, *, on_bad_image: str = "error") -> Dataset:
+    """Opens a data set.
+
+    Args:
+        name: "digits", prepared on first use; a prepared TFDS image classification set, such as "cifar10" or
+            "imagenet2012", with its config and version if need be ("name/config:1.0.0"); or "folder:/path" with
+            train/CLASS/IMAGE and, both optional, val/CLASS/IMAGE and test/CLASS/IMAGE (splits "train", "validation",
+            "test").
+        data_dir: where prepared sets are. By default TFDS's: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        on_bad_image: what batches do with an example that cannot be used. "error" raises BadImageError, which names
+            its place. "skip" warns, once for each; in training batches another image takes its place, in evaluation
+            batches its mask is 0.
+
+    Raises:
+        ValueError: an unknown or unprepared name (lists the known ones), a folder or set of another form.
+    """
+    check_on_bad_image(on_bad_image)
+    if name.startswith(FOLDER):
+        return _dataset(name, open_folder(os.path.expanduser(name.removeprefix(FOLDER))), on_bad_image)
+    data_dir = os.path.expanduser(data_dir or default_data_dir())
+    if name == digits.NAME:
+        builder.write(digits.image_set(), data_dir, quiet=True)
+    return _dataset(name, open_prepared(name, data_dir), on_bad_image)
+
+
+def check_on_bad_image(on_bad_image: str) -> None:
+    """Raises ValueError unless `on_bad_image` is one of ON_BAD_IMAGE."""
+    if on_bad_image not in ON_BAD_IMAGE:
+        raise ValueError(f"unknown on_bad_image {on_bad_image!r}; valid: {', '.join(ON_BAD_IMAGE)}")
+
+
+def default_data_dir() -> str:
+    """Returns TFDS's own directory of prepared sets: $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    return os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets")
+
+
+def _dataset(name: str, encoded: EncodedSet, on_bad_image: str) -> Dataset:
+    shape = {"channels": encoded.channels, "image_size": encoded.image_size}
+    decoded = {
+        split: DecodedSplit(records, num_classes=len(encoded.class_names), **shape)
+        for split, records in encoded.records.items()
+    }
+    return Dataset(name, encoded.class_names, on_bad_image=on_bad_image, decoded=decoded, **shape)
