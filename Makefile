@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/python train.py --config=configs/digits.py --config.instances=full --workdir=runs/digits_plain
 	$(BIN)/python evaluate.py --workdir=runs/digits_plain
 	$(BIN)/python evaluate.py --workdir=runs/digits --baseline=runs/digits_plain
-	$(BIN)/python -m sdpoint_jax.predictor runs/digits/sweep/artefact --relative-budget=0.5
+	$(BIN)/python -m sdpoint_jax select runs/digits/sweep/artefact --relative-budget=0.5
 
 test: .venv/installed_dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -20,6 +20,7 @@ test: .venv/installed_dev
 lint: .venv/installed_dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv runs

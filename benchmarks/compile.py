@@ -26,7 +26,7 @@ import time
 
 import jax
 from common import report
-from common.workload import Setting, Training, preprocess
+from common.workload import OPTIMIZER, SCHEDULE, Setting, Training, preprocess
 
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
@@ -50,20 +50,17 @@ class NaiveTraining(Training):
     def __init__(self, setting: Setting, dtype: str):
         super().__init__(setting, dtype)
         kwargs = dict(model=setting.model(dtype), preprocess=preprocess)
-        optimizer = steps.sgd(0.9, False, 1e-4)
 
         def build(instance):
             def step(state, control, batch):
                 grads, metrics = steps.gradient_step(state.params, control, batch, instance=instance, **kwargs)
-                return steps.update_step(
-                    state, control, grads, metrics, optimizer=optimizer, schedule=lambda step: 1e-3
-                )
+                return steps.update_step(state, control, grads, metrics, optimizer=OPTIMIZER, schedule=SCHEDULE)
 
             axes = (REPLICATED, SHARDED, SHARDED)
             mapped = jax.pmap(step, axis_name=AXIS, in_axes=axes, out_axes=REPLICATED, donate_argnums=(0,))
             return lambda *shapes: mapped.lower(*shapes).compile()
 
-        self.programs = Switch(build, lambda _: shapes_of((self._state, self._control(), self._batch)))
+        self.programs = Switch(build, lambda _: shapes_of((self._state, steps.Control(0).shard(), self._batch)))
 
 
 def compile_one_way(options) -> dict:

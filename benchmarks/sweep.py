@@ -13,13 +13,14 @@ import os
 import jax
 import numpy as np
 from common import report
-from common.workload import Setting, preprocess, random_batch
+from common.workload import OPTIMIZER, Setting, preprocess, random_batch
 
 from sdpoint_jax.instance import FULL_RESOLUTION
-from sdpoint_jax.profiling.macs import count_macs, list_layers
+from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.profiling.macs import count_macs, count_suffix_macs
 from sdpoint_jax.programs.devices import compiler_options
 from sdpoint_jax.programs.evaluator import Evaluator
-from sdpoint_jax.training import step as steps
+from sdpoint_jax.training.step import create_state
 
 PRESETS = {
     "small": dict(nets="resnet20:32:128", dtype="float32", batches=2, rounds=2, instances=0),
@@ -60,7 +61,7 @@ class OneByOne:
     def _metrics(self, instance, params, statistics, batch):
         variables = {"params": params, "batch_stats": statistics}
         logits = self._model.apply(variables, preprocess(batch["images"]), instance=instance, train=False)
-        return steps.cross_entropy(logits, batch["labels"]).mean()
+        return cross_entropy(logits, batch["labels"]).mean()
 
 
 def _pool(batches):
@@ -79,20 +80,12 @@ def _pool(batches):
 
 def passes(model, instances, image_size: int) -> dict[str, float]:
     """MACs of both ways over those of full resolution."""
-    full = list_layers(model, FULL_RESOLUTION, image_size)
-    total = sum(layer.macs for layer in full)
-
-    def before(point):
-        """MACs of the layers that come before a point: all but the head for full resolution."""
-        if point == 0:
-            return total - full[-1].macs
-        blocks = {f"block_{k:02d}" for k in range(1, point + 1)}
-        return sum(layer.macs for layer in full if layer.name.partition("/")[0] in blocks | {"stem"})
-
+    total = count_macs(model, FULL_RESOLUTION, image_size)
+    starts = [model.last_shared_point(instance) for instance in instances]
     one_by_one = sum(count_macs(model, instance, image_size) for instance in instances)
-    shared = one_by_one - sum(before(instance.point) for instance in instances)
-    shared += max(before(instance.point) for instance in instances)
-    return {"one_by_one": one_by_one / total, "shared": shared / total}
+    suffixes = sum(count_suffix_macs(model, *part, image_size) for part in zip(instances, starts))
+    prefix = total - count_suffix_macs(model, FULL_RESOLUTION, max(starts), image_size)
+    return {"one_by_one": one_by_one / total, "shared": (prefix + suffixes) / total}
 
 
 def difference(found, expected) -> float:
@@ -120,7 +113,7 @@ def measure(setting: Setting, options) -> dict:
         for seed in range(options.batches)
     ]
     shape = batches[0]["images"].shape
-    params = steps.create_state(model, steps.sgd(0.9, False, 1e-4), 0, shape[1:]).params
+    params = create_state(model, OPTIMIZER, 0, setting.image_shape).params
     evaluator = Evaluator(model, instances, image_shape=shape[1:], batch_size=shape[0], preprocess=preprocess)
     one_by_one = OneByOne(model, instances, batches[0])
     compile_shared, _ = timed("wall", lambda: list(evaluator.compile(os.cpu_count())))
@@ -130,7 +123,7 @@ def measure(setting: Setting, options) -> dict:
     def run_shared():
         statistics = evaluator.reestimate(params, batches)
         metrics = evaluator.evaluate(params, statistics, batches)
-        return statistics, {instance: metrics[instance]["loss"] for instance in metrics}
+        return statistics, {instance: metrics[instance].loss for instance in metrics}
 
     def run(name, function, *args):
         seconds, found[name] = timed(options.clock, function, *args)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sdpoint_jax import data
 from sdpoint_jax.config import check_config
 from sdpoint_jax.data import pipeline
-from sdpoint_jax.instance import SDPointInstance, check_sampling
+from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
 from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
@@ -37,7 +37,7 @@ def parse_instances(
         ValueError: a name that is none, or an instance that the net does not have.
     """
     if names == "all":
-        return model.instances(**({"ratios": ratios} if ratios else {}), **({"points": points} if points else {}))
+        return model.instances(ratios or DEFAULT_RATIOS, points or None)
     wanted = dict.fromkeys(SDPointInstance.from_name(name.strip()) for name in names.split(","))
     for instance in wanted:
         model.check_instance(instance)

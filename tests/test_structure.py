@@ -1,6 +1,7 @@
 """The rooms of the package import each other in one direction, and each keeps to what it is for."""
 
 import ast
+import configparser
 import pathlib
 import subprocess
 import sys
@@ -25,6 +26,7 @@ IMPORTS = {
     "serving": {"instance", "models", "programs", "storage"},
     "cli": {
         "config",
+        "data",
         "evaluation",
         "experiment",
         "instance",
@@ -66,6 +68,13 @@ def test_a_room_imports_just_these(room):
 def test_every_room_is_in_the_table():
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
     assert rooms - {"__init__", "__main__"} == set(IMPORTS)
+
+
+def test_setup_installs_every_room():
+    setup = configparser.ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg")
+    folders = {path.parent.relative_to(PACKAGE.parent).as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    assert set(setup["options"]["packages"].split()) == folders | {"sdpoint_jax.configs"}
 
 
 def test_no_room_imports_one_above_it():

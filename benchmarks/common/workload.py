@@ -15,13 +15,19 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from common import report
 
-from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance  # noqa: E402
-from sdpoint_jax.models.registry import create_model  # noqa: E402
-from sdpoint_jax.programs.devices import compiler_options, replicate, shard  # noqa: E402
-from sdpoint_jax.training import step as steps  # noqa: E402
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.profiling.macs import count_cost
+from sdpoint_jax.programs.devices import replicate, shard
+from sdpoint_jax.serving.predictor import Predictor
+from sdpoint_jax.storage.artefact import Artefact, InstanceRow, SweepSettings
+from sdpoint_jax.training.optimizer import SGD, LearningRate
+from sdpoint_jax.training.step import Control, TrainPrograms, create_state
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-preprocess = functools.partial(steps.normalize, mean=MEAN, std=STD)
+preprocess = functools.partial(normalize, mean=MEAN, std=STD)
+OPTIMIZER, SCHEDULE = SGD(0.9, False, 1e-4), LearningRate(1e-3, total_steps=10**9)
 
 
 class Setting(NamedTuple):
@@ -49,6 +55,10 @@ class Setting(NamedTuple):
 
     def model(self, dtype: str = "float32"):
         return create_model(self.name, self.num_classes, dtype=dtype)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.image_size, self.image_size, 3)
 
 
 def random_batch(setting: Setting, seed: int = 0) -> dict[str, np.ndarray]:
@@ -84,50 +94,56 @@ class Training(Workload):
 
     def __init__(self, setting: Setting, dtype: str = "float32"):
         model = setting.model(dtype)
-        optimizer = steps.sgd(0.9, False, 1e-4)
-        state = steps.create_state(model, optimizer, 0, (setting.image_size, setting.image_size, 3))
+        state = create_state(model, OPTIMIZER, 0, setting.image_shape)
         self._batch, self._state, self._number = shard(random_batch(setting)), replicate(state), 0
-        self.programs = steps.TrainPrograms(
-            state,
-            self._control(),
-            self._batch,
-            model=model,
-            optimizer=optimizer,
-            schedule=lambda step: 1e-3,
-            preprocess=preprocess,
+        self.programs = TrainPrograms(
+            state, self._batch, model=model, optimizer=OPTIMIZER, schedule=SCHEDULE, preprocess=preprocess
         )
 
     def step(self, instance: SDPointInstance) -> None:
-        self._state, _ = self.programs[instance](self._state, self._control(), self._batch)
+        self._state, _ = self.programs[instance](self._state, Control(self._number).shard(), self._batch)
         self._number += 1
 
     def wait(self) -> None:
         jax.block_until_ready(self._state)
 
-    def _control(self):
-        return shard({"control": np.tile(np.array([self._number, 0], np.int32), jax.local_device_count())})["control"]
-
 
 class Inference(Workload):
-    """Logits of one batch of uint8 images, with running statistics, one program per instance."""
+    """Logits of one batch of uint8 images, by the programs of a `Predictor` with drawn parameters."""
 
     def __init__(self, setting: Setting, dtype: str = "float32"):
-        self._model = setting.model(dtype)
-        self._images = jax.device_put(random_batch(setting)["images"])
-        init = jax.jit(lambda key, images: self._model.init(key, preprocess(images), train=False))
-        self._variables = init(jax.random.key(0), self._images[:1])
-        self._programs, self._logits = {}, None
-
-    def compile(self, instance: SDPointInstance) -> None:
-        def logits(variables, images):
-            return self._model.apply(variables, preprocess(images), instance=instance, train=False)
-
-        self._programs[instance] = jax.jit(logits).lower(self._variables, self._images).compile(compiler_options())
+        self.predictor = Predictor(drawn_artefact(setting, dtype))
+        self._batch_size, self._images = setting.batch_size, jax.device_put(random_batch(setting)["images"])
+        self._logits = None
 
     def step(self, instance: SDPointInstance) -> None:
-        if instance not in self._programs:
-            self.compile(instance)
-        self._logits = self._programs[instance](self._variables, self._images)
+        self._logits = self.predictor.program(instance, self._batch_size)(self._images)
 
     def wait(self) -> None:
         jax.block_until_ready(self._logits)
+
+
+def drawn_artefact(setting: Setting, dtype: str = "float32") -> Artefact:
+    """An artefact of all instances whose parameters are drawn and whose accuracies are made up."""
+    model = setting.model(dtype)
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = jax.device_get(init(jax.random.key(0), np.zeros((1, *setting.image_shape), np.float32)))
+    costs = {instance: count_cost(model, instance, setting.image_size) for instance in model.instances()}
+    rows = [
+        InstanceRow(instance, cost.macs, cost.params, 0.5, 0.5, 1.0, 1, "no images", 0)
+        for instance, cost in costs.items()
+    ]
+    return Artefact(
+        variables["params"],
+        dict.fromkeys(costs, variables["batch_stats"]),
+        tuple(rows),
+        setting.name,
+        dtype,
+        tuple(map(str, range(setting.num_classes))),
+        setting.image_shape,
+        None,
+        MEAN,
+        STD,
+        {},
+        SweepSettings(setting.name, "drawn", "none", 0, "clean"),
+    )

@@ -56,9 +56,10 @@ def load_config(arguments: Sequence[str], default: str | None) -> ConfigDict | N
         config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
         values(argv)
     except AttributeError as error:
-        while error.__context__:  # The first cause names the key.
-            error = error.__context__
-        raise ValueError(f"config key {error}: known are {', '.join(known_keys())}") from error
+        first: BaseException = error
+        while first.__context__:  # The first cause names the key.
+            first = first.__context__
+        raise ValueError(f"config key {first}: known are {', '.join(known_keys())}") from error
     except flags.IllegalFlagValueError as error:
         *_, last = str(error).strip().splitlines()  # After the traceback of a config's own error.
         raise ValueError(last.removeprefix("ValueError: ")) from error

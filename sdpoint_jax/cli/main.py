@@ -23,6 +23,7 @@ COMMANDS = {
     "select": ("select", "pick the instance for a budget"),
     "cost": ("cost", "count what the instances of a net cost, before training"),
     "import": ("import_weights", "import PyTorch weights"),
+    "prepare": ("prepare", "prepare a data set, once"),
 }
 
 

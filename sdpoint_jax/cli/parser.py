@@ -3,7 +3,6 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
 from typing import NoReturn
 
 FAILED = 2  # Exit code after any error.
@@ -15,7 +14,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args=None, namespace=None):
         """Parses `args`, by default those of the process; exits with `FAILED` where they are wrong."""
         given = [_with_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
         parsed, surplus = self.parse_known_args(given, namespace)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
     """Maps uint8 images [..., C] to float32, less `mean` and over `std`, one each per channel on the scale 0..1."""
     shape = (1,) * (images.ndim - 1) + (-1,)
-    mean, std = jnp.asarray(mean, jnp.float32).reshape(shape), jnp.asarray(std, jnp.float32).reshape(shape)
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    means, stds = (jnp.asarray(values, jnp.float32).reshape(shape) for values in (mean, std))
+    return (images.astype(jnp.float32) / 255 - means) / stds
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

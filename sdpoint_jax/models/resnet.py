@@ -66,7 +66,7 @@ class ResNet(nn.Module):
 
     def prefix(self, images: jax.Array, point: int, *, train: bool) -> jax.Array:
         """Computes the activation at `point` (`STEM` or a block) from images [B, H, W, C]."""
-        self.check_image_size(images.shape[1:3])
+        self.check_image_size((images.shape[1], images.shape[2]))
         x = self.stem(images.astype(self.dtype), train)
         return self.between(x, STEM, point, train=train)
 

@@ -17,7 +17,8 @@ def apply_block(block: nn.Module, x: jax.Array, *, remat: bool, train: bool) -> 
     """
     if block.is_initializing() or block.is_mutable_collection("intermediates"):
         return block(x, train)  # Variables that do not exist yet, or are to be captured, need the block itself.
-    y, updates = _traced(type(block), block.spec, (block.conv, block.norm), remat, train)(block.variables, x)
+    traced = _traced(type(block), block.spec, (block.conv, block.norm), remat, train)  # type: ignore[arg-type]
+    y, updates = traced(block.variables, x)
     for name, value in updates.get("batch_stats", {}).items():
         block.put_variable("batch_stats", name, value)
     return y

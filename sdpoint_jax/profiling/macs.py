@@ -8,11 +8,11 @@ own cost analysis counts pooling matrices as work and may call a downsampled ins
 """
 
 import dataclasses
-import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
@@ -107,7 +107,7 @@ def list_layers(
     Raises:
         ValueError: an instance that the net does not have, images too small for the net, or no channels.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, numbers.Integral) else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
     if channels < 1:
         raise ValueError(f"channels {channels}: at least 1")
     model.check_instance(instance)

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ _ON_CPU = {
 
 
 PyTree = Any
+Key = TypeVar("Key", bound=Hashable)
 Compile = Callable[..., Callable]  # From the shapes of a function's arguments to its compiled program.
 
 
@@ -118,7 +119,7 @@ def shard(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def prefetch(batches: Iterable[Mapping[str, np.ndarray]], size: int = 2) -> Iterator[Any]:
     """Shards batches `size` ahead of their use, so that the transfer runs beside the computation."""
-    ahead = collections.deque()
+    ahead: collections.deque[dict[str, jax.Array]] = collections.deque()
     for batch in batches:
         ahead.append(shard(batch))
         if len(ahead) > size:
@@ -178,14 +179,14 @@ def _no_garbage_collection():
             gc.enable()
 
 
-class Switch:
+class Switch(Generic[Key]):
     """Compiled programs looked up by a static key, as the SDPoint instance: each key is traced and compiled once.
 
     `switch[key]` compiles on first use; `compile` ahead of time. Programs are built from shapes: compiling needs
     neither data nor state. Any number of threads may use a switch.
     """
 
-    def __init__(self, build: Callable[[Hashable], Compile], shapes: Callable[[Hashable], tuple]):
+    def __init__(self, build: Callable[[Key], Compile], shapes: Callable[[Key], tuple]):
         """Takes what makes the programs.
 
         Args:
@@ -193,23 +194,24 @@ class Switch:
             shapes: from a key to the shapes of the arguments.
         """
         self._build, self._shapes = build, shapes
-        self._programs: dict[Hashable, Callable] = {}
-        self._lock, self._compiling = threading.Lock(), {}  # The second: a lock for each key.
+        self._programs: dict[Key, Callable] = {}
+        self._lock = threading.Lock()
+        self._compiling: dict[Key, threading.Lock] = {}
         # Many programs in flight on several CPU devices of one process deadlock in their collectives.
         self._wait = jax.default_backend() == "cpu" and jax.device_count() > 1
 
-    def __getitem__(self, key: Hashable) -> Callable:
+    def __getitem__(self, key: Key) -> Callable:
         """Returns the program of `key`, compiled now if it is not there."""
         if key not in self._programs:
             self._compile(key)
         program = self._programs[key]
         return (lambda *args: jax.block_until_ready(program(*args))) if self._wait else program
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: Key) -> bool:
         """Tells whether the program of `key` is compiled."""
         return key in self._programs
 
-    def __iter__(self) -> Iterator[Hashable]:
+    def __iter__(self) -> Iterator[Key]:
         """Iterates over the keys whose programs are compiled."""
         return iter(tuple(self._programs))
 
@@ -217,7 +219,7 @@ class Switch:
         """Counts the programs that are compiled."""
         return len(self._programs)
 
-    def compile(self, keys: Iterable[Hashable], workers: int = 0) -> Iterator[tuple[Hashable, float]]:
+    def compile(self, keys: Iterable[Key], workers: int = 0) -> Iterator[tuple[Key, float]]:
         """Compiles what is missing, in so many threads (0: one per core); yields (key, seconds) of each program."""
         workers = workers or os.cpu_count() or 1  # Threads help, as XLA releases Python's lock.
         with _no_garbage_collection(), concurrent.futures.ThreadPoolExecutor(workers) as pool:

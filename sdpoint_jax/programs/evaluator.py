@@ -95,7 +95,7 @@ class Evaluator:
         self._points = (STEM, *range(1, max(self._suffixes) + 1))
         self._parts = [*self._points, *self._instances]
         self._infer_shapes((batch_size, *image_shape))
-        self._programs = Switch(self._build, self._shapes)
+        self._programs: Switch[tuple[str, Part]] = Switch(self._build, self._shapes)
 
     def compile(self, workers: int = 0) -> Iterator[tuple[str, float]]:
         """Compiles all programs in `workers` threads (0: one per core); yields (what it does, seconds) of each."""

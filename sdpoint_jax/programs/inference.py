@@ -24,7 +24,7 @@ def classify(
     model: ResNet,
     instance: SDPointInstance,
     preprocess: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
+) -> Any:
     """Computes logits [B, K], float32, of uint8 images [B, H, W, C] with an instance's own statistics."""
     variables = {"params": params, "batch_stats": batch_stats}
     return model.apply(variables, preprocess(images), instance=instance, train=False)
@@ -58,7 +58,7 @@ class InferencePrograms:
             lambda key: model.init(key, jnp.zeros((1, *self._image_shape)), train=False), jax.random.key(0)
         )
         self._variables = shapes_of((variables["params"], variables.get("batch_stats", {})))
-        self._programs = Switch(self._build, self._shapes)
+        self._programs: Switch[Key] = Switch(self._build, self._shapes)
 
     def function(self, instance: SDPointInstance) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
         """Returns what the program of `instance` computes, for any batch size; see `classify`."""

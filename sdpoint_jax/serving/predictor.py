@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -86,6 +86,15 @@ class Predictor:
         for instance in chosen:
             self._compiled[instance] = tuple(sorted({*self._compiled.get(instance, ()), *sizes}))
 
+    def program(self, instance: SDPointInstance | str, batch_size: int) -> Callable[[ArrayLike], jax.Array]:
+        """Returns the program of an instance for just this batch size, compiled now if it is not.
+
+        Returns:
+            from uint8 images [batch_size, H, W, C] to logits [batch_size, K] on the device, which it does not wait for.
+        """
+        found = self._find(instance)
+        return functools.partial(self.programs[found, batch_size], self._params, self._batch_stats[found])
+
     def select(self, *, max_macs: float | None = None) -> SDPointInstance:
         """Picks the most accurate instance (top-1) within a budget; of equally accurate ones the cheapest.
 
@@ -123,17 +132,15 @@ class Predictor:
         if max_macs is not None and instance is not None:
             raise ValueError(f"max_macs {max_macs:g} and instance {instance}: give one of them")
         chosen = self.select(max_macs=max_macs) if instance is None else self._find(instance)
-        images, sizes = self._check_images(images), self._batch_sizes(chosen)
-        starts = range(0, len(images), sizes[-1])
-        logits = [self._predict_batch(images[start : start + sizes[-1]], chosen, sizes) for start in starts]
+        checked, sizes = self._check_images(images), self._batch_sizes(chosen)
+        starts = range(0, len(checked), sizes[-1])
+        logits = [self._predict_batch(checked[start : start + sizes[-1]], chosen, sizes) for start in starts]
         return np.concatenate([np.empty((0, len(self.class_names)), np.float32), *logits])
 
     def _predict_batch(self, images, instance, sizes):
         size = next(size for size in sizes if size >= len(images))
         padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]) if size > len(images) else images
-        program = self.programs[instance, size]
-        logits = program(self._params, self._batch_stats[instance], jax.device_put(padded, self.programs.device))
-        return np.asarray(logits)[: len(images)]
+        return np.asarray(self.program(instance, size)(padded))[: len(images)]
 
     def _batch_sizes(self, instance) -> Sequence[int]:
         """Returns the batch sizes that `instance` may run at, ascending."""
@@ -149,8 +156,8 @@ class Predictor:
         found = SDPointInstance.from_name(instance) if isinstance(instance, str) else instance
         return self._artefact.row(found).instance
 
-    def _check_images(self, images):
-        images = np.asarray(images)
+    def _check_images(self, given) -> np.ndarray:
+        images = np.asarray(given)
         if images.ndim != 4 or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
             wanted = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images {images.dtype} {list(images.shape)}: needs uint8 [B, {wanted}]")

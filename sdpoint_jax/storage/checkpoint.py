@@ -64,7 +64,7 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any], record: Mapping[str
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads and verifies the checkpoint at `path`.
 
     Returns:
@@ -73,21 +73,21 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: there is none, or it is damaged: a file is missing, truncated or altered.
     """
-    path = pathlib.Path(path).absolute()
-    if not path.exists() and _replaced(path).exists():
-        path = _replaced(path)  # The process was killed between the two renames of `save`.
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    _verify_files(path)
+    folder = pathlib.Path(path).absolute()
+    if not folder.exists() and _replaced(folder).exists():
+        folder = _replaced(folder)  # The process was killed between the two renames of `save`.
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint")
+    _verify_files(folder)
     try:
         with _checkpointer() as checkpointer:
             args = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
-            restored = checkpointer.restore(path, args)
+            restored = checkpointer.restore(folder, args)
         arrays, record = restored["arrays"], restored["record"]
     except Exception as error:  # Damage surfaces as any of a dozen exception types of orbax, tensorstore and json.
-        raise CheckpointError(f"{path}: not a sound checkpoint: {_first_line(error)}") from error
-    content = _verify_record(path, record)
-    _verify_arrays(path, arrays, record[_CHECKSUMS]["arrays"])
+        raise CheckpointError(f"{folder}: not a sound checkpoint: {_first_line(error)}") from error
+    content = _verify_record(folder, record)
+    _verify_arrays(folder, arrays, record[_CHECKSUMS]["arrays"])
     return arrays, content
 
 
@@ -138,7 +138,7 @@ def _save_args(arrays, record):
 
 
 def checksum_tree(arrays: Mapping[str, Any]) -> int:
-    """One checksum of all the arrays of a nested dict, their names, types and shapes."""
+    """Computes one checksum of all the arrays of a nested dict, their names, types and shapes."""
     return _json_checksum(_checksums(arrays))
 
 
@@ -238,7 +238,8 @@ class RunCheckpoints:
             score: of a record, the higher the better; None for one that is not in the running.
             start_step: of the checkpoint that the run goes on from.
         """
-        self._thread = self._saving = None
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+        self._saving: concurrent.futures.Future | None = None
         if jax.process_index() != 0:
             return
         self._directory = pathlib.Path(directory).absolute()
@@ -316,12 +317,14 @@ def _read_record(path):
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
-    """The steps that have a checkpoint, sound or not; the newest first."""
+    """Lists the steps that have a checkpoint, sound or not; the newest first."""
     return sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True)
 
 
-def newest(directory: str | os.PathLike, warn=print) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-    """The newest sound checkpoint of a run; `warn` hears of every damaged one that is newer.
+def newest(
+    directory: str | os.PathLike, warn: Callable[[str], Any] = print
+) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """Loads the newest sound checkpoint of a run; `warn` hears of every damaged one that is newer.
 
     Returns:
         (step, arrays, record), or None where the run has no checkpoint yet.
@@ -344,7 +347,10 @@ def newest(directory: str | os.PathLike, warn=print) -> tuple[int, dict[str, Any
 
 
 def load_newest(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arrays, record) of a checkpoint, or of the newest sound one of the run whose workdir is `path`.
+    """Loads a checkpoint, or the newest sound one of the run whose workdir is `path`.
+
+    Returns:
+        (arrays, record): nested dicts of NumPy arrays, with `params` among them, and what JSON held, as the config.
 
     Raises:
         CheckpointError: there is none, or none that is sound.

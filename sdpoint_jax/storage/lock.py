@@ -1,5 +1,6 @@
 """Keeps a second process out of a folder."""
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -12,26 +13,27 @@ class FolderLock:
 
     def __init__(self, folder: pathlib.Path, what: str):
         """Names the folder, and in a word `what` it is, for messages."""
-        self._path, self._what, self._file = folder / LOCK, what, None
+        self._path, self._what = folder / LOCK, what
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "FolderLock":
         """Raises ValueError if another process holds the lock, OSError where the folder cannot be written to."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+")
+        file = self._held.enter_context(self._path.open("a+"))
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "?"
-            self._file.close()
+            file.seek(0)
+            holder = file.read().strip() or "?"
+            self._held.close()
             raise ValueError(f"{self._what} {self._path.parent}: in use by another run (process {holder})") from None
         try:
-            self._file.truncate(0)
-            self._file.write(str(os.getpid()))
-            self._file.flush()
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         except OSError as error:
             raise OSError(f"{self._path}: could not be written: {error.strerror}") from error
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        self._held.close()
