@@ -24,14 +24,16 @@ def magnitudes(first: float, last: float) -> tuple[float, ...]:
     return tuple(spaced.astype(np.float32).tolist())
 
 
-def _choices(shear: float, translate: Size, rotate: float, enhance: float, bits: int) -> tuple[Choice, ...]:
+def _choices(
+    shear: float, translate: tuple[float, float], rotate: float, enhance: float, bits: int
+) -> tuple[Choice, ...]:
     """Returns what a policy chooses from: (operation, its magnitudes, whether their sign is random).
 
     Args:
         shear: largest magnitude of a shear.
         translate: largest vertical and horizontal shift, in pixels.
         rotate: largest rotation in degrees.
-        enhance: largest magnitude of brightness, color, contrast and sharpness.
+        enhance: largest magnitude of brightness, colour, contrast and sharpness.
         bits: how many bits posterizing drops at most.
     """
     none = (0.0,) * BINS
