@@ -45,7 +45,9 @@ def default_config() -> ConfigDict:
     config.dataset.test_split = "test"  # What a sweep reports.
     config.dataset.image_size = (8, 8)  # Height, width.
     config.dataset.resize = 0  # Evaluation: shorter side before the centre crop; 0 for the data's default.
-    config.dataset.augmentation = "shift"  # See sdpoint_jax.data.
+    config.dataset.augmentation = (
+        "shift"  # A crop and what follows, as pad_crop_flip+trivial_augment; see sdpoint_jax.data.
+    )
     config.dataset.mean = (0.305,)  # Per channel, on the scale 0..1.
     config.dataset.std = (0.376,)
     config.dataset.on_bad_image = "error"  # Or skip.

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax import data
 from sdpoint_jax.config import check_config
-from sdpoint_jax.data import pipeline
 from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
 from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.models.functional import normalize
@@ -67,9 +66,10 @@ class Experiment:
         self.dataset = data.load_dataset(
             config.dataset.name, config.dataset.data_dir or None, on_bad_image=config.dataset.on_bad_image
         )
-        if config.dataset.augmentation not in data.AUGMENTATIONS:
-            valid = ", ".join(data.AUGMENTATIONS)
-            raise ValueError(f"config.dataset.augmentation {config.dataset.augmentation!r}: valid are {valid}")
+        try:
+            data.check_augmentation(config.dataset.augmentation)
+        except ValueError as error:
+            raise ValueError(f"config.dataset.{error}") from None
         self.image_shape = (*config.dataset.image_size, self.dataset.channels)
         for key in ("mean", "std"):
             if len(config.dataset[key]) != self.dataset.channels:
@@ -89,7 +89,7 @@ class Experiment:
         self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
         check_sampling(config.sampling, self.instances)
         self.num_training_images = len(self.dataset.source(config.dataset.train_split))
-        self.resize = pipeline._resize_to(self.dataset, config.dataset.image_size, config.dataset.resize or None)
+        self.resize = data.evaluation_resize(self.dataset, self.image_shape[:2], config.dataset.resize or None)
         self.evaluation_batch_size = -(-config.evaluation_batch_size // jax.device_count()) * jax.device_count()
 
     def check_params(self, params: Any, source: str) -> None:

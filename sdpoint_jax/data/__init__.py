@@ -4,17 +4,19 @@ NumPy in, NumPy out: nothing here knows of JAX, and a pod's hosts come in as `pr
 libraries that read data are imported on first use, so that the models do not need them.
 """
 
-from sdpoint_jax.data.augment import AUGMENTATIONS
+from sdpoint_jax.data.augment import AUGMENTATIONS, check_augmentation
 from sdpoint_jax.data.dataset import Dataset, load_dataset
 from sdpoint_jax.data.decode import BadImageError
-from sdpoint_jax.data.pipeline import Batches, evaluation_batches, training_batches
+from sdpoint_jax.data.pipeline import Batches, evaluation_batches, evaluation_resize, training_batches
 
 __all__ = [
     "AUGMENTATIONS",
     "BadImageError",
     "Batches",
     "Dataset",
+    "check_augmentation",
     "evaluation_batches",
+    "evaluation_resize",
     "load_dataset",
     "training_batches",
 ]

@@ -115,9 +115,16 @@ def default_data_dir() -> str:
 
 
 def _dataset(name: str, encoded: EncodedSet, on_bad_image: str) -> Dataset:
-    shape = {"channels": encoded.channels, "image_size": encoded.image_size}
+    channels, image_size = encoded.channels, encoded.image_size
     decoded = {
-        split: DecodedSplit(records, num_classes=len(encoded.class_names), **shape)
+        split: DecodedSplit(records, num_classes=len(encoded.class_names), channels=channels, image_size=image_size)
         for split, records in encoded.records.items()
     }
-    return Dataset(name, encoded.class_names, on_bad_image=on_bad_image, decoded=decoded, **shape)
+    return Dataset(
+        name,
+        encoded.class_names,
+        on_bad_image=on_bad_image,
+        decoded=decoded,
+        channels=channels,
+        image_size=image_size,
+    )

@@ -58,10 +58,10 @@ class DecodedSplit:
         self.num_classes = num_classes
         self.image_size = image_size
         self.cached = image_size is not None and len(records) * image_size[0] * image_size[1] * channels <= CACHE_BYTES
-        self._images = self._labels = None
+        self._cache: tuple[np.ndarray, np.ndarray] | None = None  # Images and labels; in one, as threads share them.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_images": None, "_labels": None}  # Worker processes fill their own cache.
+        return {**self.__dict__, "_cache": None}  # Worker processes fill their own cache.
 
     def __len__(self) -> int:
         return len(self.records)
@@ -70,14 +70,15 @@ class DecodedSplit:
         """Returns (image uint8 [H, W, C], label); raises BadImageError with the example's place."""
         if not self.cached:
             return self.decode(index)
-        if self._images is None:
+        if self._cache is None:
+            assert self.image_size is not None
             images = np.empty((len(self), *self.image_size, self.channels), np.uint8)
-            self._labels = np.full(len(self), -1)  # -1: not yet decoded
-            self._images = images
-        if self._labels[index] < 0:
-            self._images[index], label = self.decode(index)
-            self._labels[index] = label  # Last, so that no thread sees a label before its image.
-        return self._images[index], int(self._labels[index])
+            self._cache = images, np.full(len(self), -1)  # -1: not yet decoded
+        images, labels = self._cache
+        if labels[index] < 0:
+            images[index], label = self.decode(index)
+            labels[index] = label  # Last, so that no thread sees a label before its image.
+        return images[index], int(labels[index])
 
     def decode(self, index: int) -> tuple[np.ndarray, int]:
         """Returns the same as `self[index]`, but decodes always anew."""
@@ -87,7 +88,7 @@ class DecodedSplit:
             self._check(image, label)
         except (BadImageError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.reason
-            raise BadImageError(reason, self.records.where(index)) from None
+            raise BadImageError(reason or "cannot be read", self.records.where(index)) from None
         return image, label
 
     def _check(self, image, label):

@@ -147,7 +147,7 @@ def training_batches(
             none can be used.
     """
     size = _size("image_size", image_size)
-    augment = augmentation_named(augmentation, _resize_to(dataset, size, resize))
+    augment = augmentation_named(augmentation, evaluation_resize(dataset, size, resize))
     rows = _host_rows(batch_size, process_index, process_count)
     _check_counts(seed=seed, start_step=start_step)
     examples = dataset.source(split)
@@ -211,7 +211,7 @@ def evaluation_batches(
             sums over the hosts has to check that the masks' sum is not 0.
     """
     size = _size("image_size", image_size)
-    resize_to = _resize_to(dataset, size, resize)
+    resize_to = evaluation_resize(dataset, size, resize)
     rows = _host_rows(batch_size, process_index, process_count)
     examples = dataset.source(split)
     read = _read_this if dataset.on_bad_image == "error" else _read_this_or_none
@@ -285,13 +285,17 @@ def _size(key, size) -> Size:
     return int(height), int(width)
 
 
-def _resize_to(dataset, size, resize) -> Size:
+def evaluation_resize(dataset: Dataset, size: Size, resize: int | Size | None = None) -> Size:
+    """Returns the (height, width) that an image just covers, aspect kept, before its central `size` is cut out.
+
+    Args, Raises: see `evaluation_batches`, whose `image_size` is `size`.
+    """
     if resize is None:
-        return size if dataset.image_size else tuple(round(side * 256 / 224) for side in size)
-    resize = _size("resize", resize)
-    if resize[0] < size[0] or resize[1] < size[1]:
-        raise ValueError(f"resize {resize} does not cover the image size {size}; valid: at least {size}")
-    return resize
+        return size if dataset.image_size else (round(size[0] * 256 / 224), round(size[1] * 256 / 224))
+    height, width = _size("resize", resize)
+    if height < size[0] or width < size[1]:
+        raise ValueError(f"resize {(height, width)} does not cover the image size {size}; valid: at least {size}")
+    return height, width
 
 
 def _host_rows(batch_size, process_index, process_count) -> slice:

@@ -52,7 +52,7 @@ def fetch(what: Any, compile_it: Callable[[], Callable]) -> Callable:
     start, _from_jax.count = time.perf_counter(), 0
     program = compile_it()
     seconds = time.perf_counter() - start
-    if not _from_jax.count and seconds >= jax.config.read("jax_persistent_cache_min_compile_time_secs"):
+    if not _from_jax.count and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
         _keep(path, program)
     return program
 

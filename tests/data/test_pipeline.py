@@ -12,6 +12,8 @@ from PIL import Image
 from sdpoint_jax import data
 from sdpoint_jax.data.examples import DecodedSplit
 
+COMPOSED = "pad_crop_flip+trivial_augment+rand_augment:2,9+random_erasing:0.5,random"
+
 
 class Numbered:
     """Records of n images of noise; the first two pixels and the label tell the index."""
@@ -104,7 +106,7 @@ def test_another_seed_is_another_stream(expected):
     assert not any((a["labels"] == b["labels"]).all() for a, b in zip(other, expected, strict=True))
 
 
-@pytest.mark.parametrize("augmentation", ["none", "shift", "random_resized_crop_flip"])
+@pytest.mark.parametrize("augmentation", ["none", "shift", "random_resized_crop_flip", COMPOSED])
 def test_hosts_restarts_and_threads_change_nothing_for_any_augmentation(augmentation):
     options = {"augmentation": augmentation, "image_size": (12, 10)}
     whole = take(numbered(), 12, **options)
@@ -140,6 +142,18 @@ def test_augmentation_differs_from_image_to_image_and_from_epoch_to_epoch():
     images = np.concatenate([batch["images"] for batch in batches])
     assert len({image.tobytes() for image in images}) > 40  # of 162 that are possible
     assert (batches[0]["images"] != batches[1]["images"]).any()
+
+
+def test_the_last_part_of_an_augmentation_changes_just_its_own_pixels():
+    """Erasing comes last: what it leaves is what the batch without it holds."""
+    dataset = numbered(size=(32, 32))
+    plain, erased = (
+        take(dataset, 3, image_size=32, augmentation=name)
+        for name in ("pad_crop_flip+trivial_augment", "pad_crop_flip+trivial_augment+random_erasing:1")
+    )
+    for one, other in zip(plain, erased, strict=True):
+        same = one["images"] == other["images"]
+        assert 0.5 < same.mean() < 1 and (other["images"][~same] == 0).all()
 
 
 def test_another_seed_augments_otherwise():
@@ -242,7 +256,7 @@ def test_worker_processes_change_nothing_and_report_what_they_skip():
     bad = {"bad": (3, 13), "on_bad_image": "skip"}
     one, other = numbered(**bad), numbered(**bad)
     children = len(psutil.Process().children())
-    assert_same(take(one, 200, num_workers=2), take(other, 200))
+    assert_same(take(one, 200, num_workers=2, augmentation=COMPOSED), take(other, 200, augmentation=COMPOSED))
     assert one.bad_images == other.bad_images and len(one.bad_images) == 2
     assert len(psutil.Process().children()) <= children + 1  # Python's resource tracker stays.
 
@@ -270,9 +284,10 @@ def test_an_evaluation_of_bad_images_only_ends_in_an_error(options):
     assert "\n" not in str(error.value)
 
 
-def test_a_host_whose_share_is_all_bad_leaves_the_verdict_to_the_sum_over_hosts():
-    masks = [batch["mask"] for batch in evaluate(numbered(6, bad=range(3, 6), on_bad_image="skip"), 2, batch_size=6)]
-    np.testing.assert_array_equal(masks, [[1, 1, 1, 0, 0, 0]])
+@pytest.mark.parametrize("n, bad", [(6, range(3, 6)), (6, range(6)), (3, range(3))])
+def test_of_several_hosts_none_judges_the_split_by_its_own_share(n, bad):
+    masks = [batch["mask"] for batch in evaluate(numbered(n, bad=bad, on_bad_image="skip"), 2, batch_size=6)]
+    np.testing.assert_array_equal(masks, [[index < n and index not in bad for index in range(6)]])
 
 
 def test_batches_say_how_many_images_they_have_skipped(caplog):

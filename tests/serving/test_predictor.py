@@ -168,7 +168,7 @@ def test_a_second_start_compiles_nothing(swept, tmp_path):
     command = [sys.executable, "-c", SECOND_START, str(swept.folder / "artefact")]
     runs = [
         json.loads(
-            subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
         )
         for _ in range(2)
     ]

@@ -7,7 +7,6 @@ import zlib
 import chex
 import numpy as np
 import pytest
-import tiny
 
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.storage import checkpoint
@@ -94,11 +93,8 @@ def test_a_list_of_files_cannot_leave_the_folder(saved, name):
         checkpoint.load(saved)
 
 
-def test_a_damaged_artefact_makes_no_predictor(tmp_path):
-    variables = tiny.variables(tiny.net())
-    model = {"name": "wrn10_1", "dtype": "float32"}
-    record = {"table": [], "class_names": [], "image_shape": [8, 8, 1], "mean": [0.3], "std": [0.4], "num_classes": 10}
-    checkpoint.save(tmp_path / "artefact", variables, record | {"model": model})
+def test_a_damaged_artefact_makes_no_predictor(swept, tmp_path):
+    shutil.copytree(swept.folder / "artefact", tmp_path / "artefact")
     Predictor.load(tmp_path / "artefact")
     for file in files_of(tmp_path / "artefact"):
         content = file.read_bytes()

@@ -74,7 +74,7 @@ def open_prepared(name: str, data_dir: str) -> EncodedSet:
 
 def prepared_sets(data_dir: str) -> dict[str, Path]:
     """Finds the whole TFDS sets in `data_dir`: "name" or "name/config" -> directory of the newest version."""
-    found = {}
+    found: dict[str, Path] = {}
     for pattern in ("*/*/dataset_info.json", "*/*/*/dataset_info.json"):
         for path in Path(data_dir).glob(pattern):
             version = _version(path.parent.name)

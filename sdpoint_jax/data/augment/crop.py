@@ -1,60 +1,32 @@
-"""What happens to an image between its file and the batch: uint8 in, uint8 out.
+"""Bringing images to one size: evaluation's central part, and the random crops of training; uint8 in, uint8 out."""
 
-A random augmentation comes in two parts. `draw` makes all random numbers of a batch at once, as one
-array of uniform numbers with a row per image; `apply` is a pure function of (image, row). So a
-batch's pixels depend on its seed alone, and a host that needs some rows of a batch draws the same
-numbers as a host that needs them all.
-"""
-
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 
+from sdpoint_jax.data.augment.base import Augmentation, Size
 from sdpoint_jax.data.opencv import opencv
-
-Size = tuple[int, int]  # (height, width)
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """A random change of training images.
-
-    Attributes:
-      numbers: how many uniform random numbers in [0, 1) an image takes.
-      apply: (image uint8 [h, w, C], row float64 [numbers], size) -> uint8 [*size, C].
-    """
-
-    numbers: int
-    apply: Callable[[np.ndarray, np.ndarray, Size], np.ndarray]
-
-    def draw(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-        """The random numbers of a batch: float64 [batch_size, numbers]."""
-        return rng.random((batch_size, self.numbers))
-
-
-def augmentation_named(name: str, resize_to: Size) -> Augmentation:
-    """The augmentation of that name; "none" is the evaluation preprocessing with `resize_to`.
-
-    Raises:
-      ValueError: an unknown name.
-    """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"unknown augmentation {name!r}; valid: {', '.join(AUGMENTATIONS)}")
-    return AUGMENTATIONS[name] or Augmentation(0, lambda image, _, size: resize_and_center_crop(image, resize_to, size))
-
 
 # Evaluation.
 
 
 def resize_and_center_crop(image: np.ndarray, resize_to: Size, size: Size) -> np.ndarray:
-    """The evaluation preprocessing: torchvision's `Resize` and `CenterCrop` on a PIL image.
+    """Preprocesses an image for evaluation, as torchvision's `Resize` and `CenterCrop` do on a PIL image.
 
-    The image is resized, its aspect kept, until it just covers `resize_to`; of that the central
-    `size` is kept. Where `resize_to` is square, that is a resize of the shorter side. Both steps
-    are done as one, which saves resizing what is then cropped away and gives the same pixels.
+    The image is resized, its aspect kept, until it just covers `resize_to`; of that the central `size` is kept. Where
+    `resize_to` is square, that is a resize of the shorter side. Both steps are done as one, which saves resizing what
+    is then cropped away and gives the same pixels.
+
+    Args:
+        image: uint8 [h, w, C].
+        resize_to: (height, width), at least `size`.
+        size: of the result.
+
+    Returns:
+        uint8 [*size, C]; a view of `image` where nothing has to be resized.
     """
     height, width = image.shape[:2]
     if resize_to[0] * width >= resize_to[1] * height:
@@ -70,12 +42,13 @@ def resize_and_center_crop(image: np.ndarray, resize_to: Size, size: Size) -> np
 
 
 def resize(image: np.ndarray, size: Size, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-    """PIL's bilinear resize, antialiased where it shrinks: uint8 [h, w, C] -> [*size, C].
+    """Resizes as PIL does, bilinear and antialiased where it shrinks: uint8 [h, w, C] -> [*size, C].
 
-    `box` is (left, top, right, bottom), the part of the image to show; by default all of it.
+    Args:
+        image: uint8 [h, w, C].
+        size: of the result.
+        box: (left, top, right, bottom), the part of the image to show; by default all of it.
     """
-    from PIL import Image
-
     plane = image[..., 0] if image.shape[-1] == 1 else image
     resized = Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized).reshape(*size, image.shape[-1])
@@ -85,7 +58,7 @@ def resize(image: np.ndarray, size: Size, box: tuple[float, float, float, float]
 
 
 def quick_resize(image: np.ndarray, size: Size) -> np.ndarray:
-    """As `resize` to about one grey level on average, and faster, where OpenCV is installed.
+    """Resizes as `resize` does, to about one grey level on average, and faster where OpenCV is installed.
 
     The image is smoothed as much as PIL would, then interpolated without antialiasing.
     """
@@ -101,17 +74,14 @@ def quick_resize(image: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _smoothing(scale: float) -> np.ndarray:
-    """PIL's antialiasing kernel for shrinking `scale` times, a triangle, at whole pixels.
-
-    float32, of odd length, with sum 1.
-    """
+    """Returns PIL's antialiasing kernel for shrinking `scale` times: a triangle at whole pixels, float32, of sum 1."""
     reach = max(math.ceil(scale) - 1, 0)
     kernel = 1 - np.abs(np.arange(-reach, reach + 1, dtype=np.float32)) / max(scale, 1)
     return kernel / kernel.sum()
 
 
 def fit(image: np.ndarray, size: Size) -> np.ndarray:
-    """The largest central part that has the aspect of `size`, resized to it."""
+    """Resizes the largest central part that has the aspect of `size`: uint8 [h, w, C] -> [*size, C]."""
     height, width = image.shape[:2]
     if (height, width) == size:
         return image
@@ -125,6 +95,11 @@ def pad_and_crop(image: np.ndarray, row: np.ndarray, size: Size) -> np.ndarray:
     """Fits the image to `size`, pads each side with black by an eighth, and crops `size` anywhere.
 
     An eighth is the 4 pixels of CIFAR's 32, and 1 pixel of the digits' 8.
+
+    Args:
+        image: uint8 [h, w, C].
+        row: uniform numbers [2]: the vertical and the horizontal place.
+        size: of the result.
     """
     image = fit(image, size)
     top, bottom, from_top, from_bottom = _shift(row[0], size[0])
@@ -134,8 +109,8 @@ def pad_and_crop(image: np.ndarray, row: np.ndarray, size: Size) -> np.ndarray:
     return shifted
 
 
-def _shift(number, side):
-    """(start, end) in the shifted and in the original side, for a uniform number in [0, 1)."""
+def _shift(number: float, side: int) -> tuple[int, int, int, int]:
+    """Returns start and end in the shifted side, start and end in the original one, for a uniform number in [0, 1)."""
     pad = side // 8
     offset = int(number * (2 * pad + 1)) - pad
     if offset < 0:
@@ -156,22 +131,36 @@ CROP_AREA = 0.08, 1.0
 CROP_ASPECT = 3 / 4, 4 / 3
 
 
-def random_crop_box(image_size: Size, row: np.ndarray) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random-resized crop, with torchvision's distribution.
-
-    A share of the area uniform in CROP_AREA and a width/height uniform in the logarithm over
-    CROP_ASPECT, at a uniform place; tried CROP_TRIES times, then the largest central crop of an
-    allowed aspect.
+def tried_sides(
+    area: int, row: np.ndarray, shares: tuple[float, float], aspects: tuple[float, float]
+) -> Iterator[tuple[int, int, float, float]]:
+    """Yields rectangles to try, as (side, other side, number, other number), the numbers as they were drawn.
 
     Args:
-      row: uniform numbers [4 * CROP_TRIES]: area, aspect, top and left of each try.
+        area: of the image, in pixels.
+        row: uniform numbers [4 * tries]: share of the area, aspect, and two more, for each try.
+        shares: range of the share, which is uniform in it.
+        aspects: range of side / other side, which is uniform in the logarithm.
+    """
+    low, high = math.log(aspects[0]), math.log(aspects[1])
+    for share, aspect, number, other in row.reshape(-1, 4).tolist():
+        pixels = area * (shares[0] + (shares[1] - shares[0]) * share)
+        aspect = math.exp(low + (high - low) * aspect)
+        yield round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect)), number, other
+
+
+def random_crop_box(image_size: Size, row: np.ndarray) -> tuple[int, int, int, int]:
+    """Returns (top, left, height, width) of a random-resized crop, with torchvision's distribution.
+
+    A share of the area uniform in CROP_AREA and a width/height uniform in the logarithm over CROP_ASPECT, at a uniform
+    place; tried CROP_TRIES times, then the largest central crop of an allowed aspect.
+
+    Args:
+        image_size: of the whole image.
+        row: uniform numbers [4 * CROP_TRIES]: area, aspect, top and left of each try.
     """
     height, width = image_size
-    low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
-    for area, aspect, top, left in row.reshape(CROP_TRIES, 4).tolist():
-        area = height * width * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area)
-        aspect = math.exp(low + (high - low) * aspect)
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    for w, h, top, left in tried_sides(height * width, row, CROP_AREA, CROP_ASPECT):
         if 0 < w <= width and 0 < h <= height:
             return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
     aspect = min(max(width / height, CROP_ASPECT[0]), CROP_ASPECT[1])
@@ -180,18 +169,15 @@ def random_crop_box(image_size: Size, row: np.ndarray) -> tuple[int, int, int, i
 
 
 def random_resized_crop(image: np.ndarray, row: np.ndarray, size: Size) -> np.ndarray:
-    """A random part of the image (see `random_crop_box`), resized to `size`."""
+    """Resizes a random part of the image (see `random_crop_box`): uint8 [h, w, C] -> [*size, C]."""
     top, left, height, width = random_crop_box(image.shape[:2], row)
     return quick_resize(image[top : top + height, left : left + width], size)
 
 
-def _with_flip(apply, image, row, size):
-    return flip(apply(image, row[:-1], size), row[-1])
+def with_flip(crop: Augmentation) -> Augmentation:
+    """Returns the augmentation that mirrors every other image, at random, after `crop`."""
+    return Augmentation(crop.numbers + 1, functools.partial(_crop_and_flip, crop))
 
 
-AUGMENTATIONS = {
-    "none": None,  # the evaluation preprocessing
-    "shift": Augmentation(2, pad_and_crop),
-    "pad_crop_flip": Augmentation(3, functools.partial(_with_flip, pad_and_crop)),
-    "random_resized_crop_flip": Augmentation(4 * CROP_TRIES + 1, functools.partial(_with_flip, random_resized_crop)),
-}
+def _crop_and_flip(crop: Augmentation, image: np.ndarray, row: np.ndarray, size: Size) -> np.ndarray:
+    return flip(crop.apply(image, row[:-1], size), row[-1])

@@ -1,4 +1,4 @@
-"""Preprocessing and augmentation: torchvision's pixels on PIL images, and its distributions."""
+"""Bringing images to one size: torchvision's pixels on PIL images, and its distributions."""
 
 import io
 import math
@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from sdpoint_jax.data import augment
+from sdpoint_jax.data.augment import AUGMENTATIONS, crop
 
-PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "shared" / "data" / "jpeg"
+PHOTOGRAPHS = Path(__file__).resolve().parents[4] / "shared" / "data" / "jpeg"
 
 
 def smooth_image(height, width, channels=3, seed=0):
@@ -42,7 +42,7 @@ def torchvision_evaluation(image, shorter, size):
 def test_evaluation_pixels_are_torchvisions(height, width, size):
     image = smooth_image(height, width)
     expected = np.asarray(torchvision_evaluation(Image.fromarray(image), 256, size), np.int32)
-    result = augment.resize_and_center_crop(image, (256, 256), size)
+    result = crop.resize_and_center_crop(image, (256, 256), size)
     assert result.dtype == np.uint8
     assert np.abs(result - expected).max() <= 1
 
@@ -57,47 +57,47 @@ def test_evaluation_pixels_of_photographs_are_torchvisions():
         data = path.read_bytes()
         photograph = Image.open(io.BytesIO(data)).convert("RGB")
         expected = np.asarray(torchvision_evaluation(photograph, 256, (224, 224)), np.int32)
-        result = augment.resize_and_center_crop(decode(data, 3), (256, 256), (224, 224))
+        result = crop.resize_and_center_crop(decode(data, 3), (256, 256), (224, 224))
         assert np.abs(result - expected).mean() < 2, path
     assert paths
 
 
 def test_an_image_of_the_right_size_is_left_as_it_is():
     image = smooth_image(32, 48)
-    np.testing.assert_array_equal(augment.resize_and_center_crop(image, (32, 48), (32, 48)), image)
-    np.testing.assert_array_equal(augment.fit(image, (32, 48)), image)
+    np.testing.assert_array_equal(crop.resize_and_center_crop(image, (32, 48), (32, 48)), image)
+    np.testing.assert_array_equal(crop.fit(image, (32, 48)), image)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_small_image_is_interpolated_up(channels):
     image = smooth_image(8, 8, channels)
-    expected = augment.resize(image, (16, 16)).astype(int)
+    expected = crop.resize(image, (16, 16)).astype(int)
     assert expected.shape == (16, 16, channels)
-    assert np.abs(augment.resize_and_center_crop(image, (16, 16), (16, 16)) - expected).max() == 0
-    assert np.abs(augment.fit(image, (16, 16)) - expected).max() <= 1
+    assert np.abs(crop.resize_and_center_crop(image, (16, 16), (16, 16)) - expected).max() == 0
+    assert np.abs(crop.fit(image, (16, 16)) - expected).max() <= 1
 
 
 def test_quick_resize_shrinks_nearly_as_pil_does():
     for height, width in [(300, 250), (448, 448), (500, 230), (230, 500), (700, 900), (224, 224)]:
         image = smooth_image(height, width)
-        expected = augment.resize(image, (224, 224)).astype(int)
-        assert np.abs(augment.quick_resize(image, (224, 224)) - expected).mean() < 2
+        expected = crop.resize(image, (224, 224)).astype(int)
+        assert np.abs(crop.quick_resize(image, (224, 224)) - expected).mean() < 2
 
 
 def test_quick_resize_without_opencv_is_pils(monkeypatch):
-    monkeypatch.setattr(augment, "opencv", lambda: None)
+    monkeypatch.setattr(crop, "opencv", lambda: None)
     image = smooth_image(100, 80)
-    np.testing.assert_array_equal(augment.quick_resize(image, (32, 32)), augment.resize(image, (32, 32)))
+    np.testing.assert_array_equal(crop.quick_resize(image, (32, 32)), crop.resize(image, (32, 32)))
 
 
 @pytest.mark.parametrize("with_opencv", [True, False])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_flip_mirrors_left_to_right(channels, with_opencv, monkeypatch):
     if not with_opencv:
-        monkeypatch.setattr(augment, "opencv", lambda: None)
+        monkeypatch.setattr(crop, "opencv", lambda: None)
     image = smooth_image(9, 14, channels)
-    np.testing.assert_array_equal(augment.flip(image, 0.49), image[:, ::-1])
-    np.testing.assert_array_equal(augment.flip(image, 0.5), image)
+    np.testing.assert_array_equal(crop.flip(image, 0.49), image[:, ::-1])
+    np.testing.assert_array_equal(crop.flip(image, 0.5), image)
 
 
 def torchvision_crop_box(height, width, rng):
@@ -120,9 +120,9 @@ def torchvision_crop_box(height, width, rng):
 
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 333), (100, 1000)])
 def test_crops_have_torchvisions_distribution(height, width):
-    draws = augment.AUGMENTATIONS["random_resized_crop_flip"].draw(np.random.default_rng(1), 4000)
+    draws = AUGMENTATIONS["random_resized_crop_flip"].draw(np.random.default_rng(1), 4000)
     rng = random.Random(2)
-    ours = np.array([augment.random_crop_box((height, width), row[:-1]) for row in draws])
+    ours = np.array([crop.random_crop_box((height, width), row[:-1]) for row in draws])
     theirs = np.array([torchvision_crop_box(height, width, rng) for _ in range(4000)])
     for measure in (
         lambda box: box[:, 2] * box[:, 3],  # area
@@ -139,7 +139,7 @@ def test_a_shift_moves_by_whole_pixels_into_black():
     image = smooth_image(16, 24, 1) | 1  # nowhere black
     seen = set()
     for row in np.random.default_rng(0).random((600, 2)):
-        shifted = augment.pad_and_crop(image, row, (16, 24))
+        shifted = crop.pad_and_crop(image, row, (16, 24))
         dy, dx = int(row[0] * 5) - 2, int(row[1] * 7) - 3  # an eighth of each side, either way
         padded = np.pad(image, ((2, 2), (3, 3), (0, 0)))
         np.testing.assert_array_equal(shifted, padded[2 + dy : 18 + dy, 3 + dx : 27 + dx])
@@ -148,7 +148,7 @@ def test_a_shift_moves_by_whole_pixels_into_black():
 
 
 def test_every_cifar_crop_is_as_likely_as_another_and_half_are_mirrored():
-    cifar = augment.AUGMENTATIONS["pad_crop_flip"]
+    cifar = AUGMENTATIONS["pad_crop_flip"]
     image = np.zeros((32, 32, 1), np.uint8)
     image[14:18, 12], image[14, 12] = 100, 200  # a mark that tells offset and side
     counts = np.zeros((9, 9), int)
@@ -160,18 +160,3 @@ def test_every_cifar_crop_is_as_likely_as_another_and_half_are_mirrored():
         counts[y - 10, ((31 - x) if is_mirrored else x) - 8] += 1
     assert stats.chisquare(counts.ravel()).pvalue > 0.001
     assert stats.binomtest(int(mirrored), 8100).pvalue > 0.001
-
-
-@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
-@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-@pytest.mark.parametrize("shape", [(32, 32, 3), (50, 70, 1), (7, 300, 3), (1, 1, 3)])
-def test_every_augmentation_takes_any_image_to_any_size(name, size, shape):
-    augmentation = augment.augmentation_named(name, size)
-    (row,) = augmentation.draw(np.random.default_rng(0), 1)
-    result = augmentation.apply(smooth_image(*shape), row, size)
-    assert result.shape == (*size, shape[-1]) and result.dtype == np.uint8
-
-
-def test_an_unknown_augmentation_names_the_known_ones():
-    with pytest.raises(ValueError, match="'cutout'.*none, shift, pad_crop_flip"):
-        augment.augmentation_named("cutout", (32, 32))
