@@ -1,20 +1,16 @@
 """Several processes, as on the hosts of a pod, give what one gives."""
 
 import json
-import os
-import pathlib
 import signal
-import socket
-import subprocess
 import sys
 import time
 
 import chex
+import processes
 import pytest
 
 from sdpoint_jax.storage import checkpoint
 
-ROOT = pathlib.Path(__file__).parents[2]
 OVERRIDES = (
     "--config.model.name=wrn10_1",
     "--config.dataset.image_size=8,8",
@@ -29,29 +25,10 @@ OVERRIDES = (
 )
 
 
-def start(workdir, processes, devices, *flags):
+def start(workdir, count, devices, *flags):
     """Starts train.py in so many processes of so many devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    started = []
-    for index in range(processes):
-        distributed = (f"--coordinator={coordinator}", f"--num_processes={processes}", f"--process_id={index}")
-        command = [sys.executable, "train.py", f"--workdir={workdir}", *OVERRIDES, *flags]
-        command += distributed if processes > 1 else ()
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-        )
-    return started
-
-
-def finish(started, code=0):
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [code] * len(started), "\n".join(outputs)
-    return outputs
+    command = [sys.executable, "train.py", f"--workdir={workdir}", *OVERRIDES, *flags]
+    return processes.start(lambda index: command, count, devices)
 
 
 def params_of(workdir):
@@ -70,7 +47,7 @@ def stop_after(step, started, workdir):
     """Stops a run by a signal to any one of its processes; returns the step that all of them name."""
     wait_for(step, started, workdir)
     started[-1].send_signal(signal.SIGTERM)
-    outputs = finish(started, code=75)
+    outputs = processes.finish(started, code=75)
     stopped_at, _, _ = checkpoint.newest(workdir / "checkpoints")
     assert step <= stopped_at < 30
     assert all(f"stopped after step {stopped_at} of 30" in output for output in outputs)
@@ -80,7 +57,7 @@ def stop_after(step, started, workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0])  # The one that coordinates.
 def test_a_process_that_dies_ends_the_others(tmp_path, dies):
-    started = start(tmp_path, 2, 1, "--config.num_epochs=50.0", "--heartbeat_seconds=10")
+    started = start(tmp_path, 2, 1, "--config.num_epochs=50.0", "--heartbeat-seconds=10")
     wait_for(10, started, tmp_path)
     started[dies].kill()
     output, _ = started[1 - dies].communicate(timeout=120)
@@ -93,11 +70,11 @@ def test_a_process_that_dies_ends_the_others(tmp_path, dies):
 def test_two_processes_train_as_one_and_stop_together(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     alone = start(one, 1, 4)
-    finish(alone)
+    processes.finish(alone)
 
     stopped_at = stop_after(5, start(two, 2, 2), two)
     stop_after(stopped_at + 5, start(two, 1, 4), two)
-    first, second = finish(start(two, 2, 2))
+    first, second = processes.finish(start(two, 2, 2))
     assert "top-1" in first and "continuing after" not in second
 
     chex.assert_trees_all_close(params_of(one), params_of(two), atol=1e-6, rtol=0)

@@ -1,0 +1,67 @@
+"""What README and docs show runs as it stands."""
+
+import pathlib
+import re
+import shlex
+import warnings
+
+import pytest
+
+from sdpoint_jax.cli import config_flag, main
+from sdpoint_jax.config import to_dict
+from sdpoint_jax.storage import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted(page.relative_to(ROOT).as_posix() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SCRIPTS = {"train.py": "train", "evaluate.py": "evaluate"}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+def commands(page):
+    """The project's own commands in the shell blocks of a page."""
+    lines = (line for block in blocks(page, "sh") for line in block.splitlines())
+    words = (shlex.split(line, comments=True) for line in lines)
+    return [line[1:] for line in words if line[:1] == ["python"]]
+
+
+@pytest.fixture
+def digits(swept, tmp_path, monkeypatch):
+    """A folder with what `make demo` leaves, in small."""
+    record = {"config": to_dict(swept.experiment.config), "step": 30, "class_names": list("0123456789")}
+    checkpoint.save(tmp_path / "runs/digits/checkpoints/30", {"params": swept.params}, record)
+    (tmp_path / "runs/digits/sweep").symlink_to(swept.folder)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_of_a_page_runs(page, digits):
+    namespace = {}
+    for block in blocks(page, "python"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(compile(block, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+@pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")  # Of ml_collections.
+def test_the_commands_of_a_page_are_understood(page):
+    for script, *arguments in commands(page):
+        config, others = config_flag.split_arguments(arguments)
+        if script == "-m":
+            assert others.pop(0) == "sdpoint_jax"
+            main._parser().parse_args(others)
+        elif script in SCRIPTS:
+            main._add_command(main.Parser(), SCRIPTS[script]).parse_args(others)
+        else:
+            assert (ROOT / script).is_file()
+        if config and not config[0].startswith("--config=my_config.py"):
+            config_flag.load_config(config, default="digits")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
