@@ -27,7 +27,7 @@ RUN_TIME_KEYS = (
 
 
 def default_config() -> ConfigDict:
-    """Every key there is, locked: setting another one is an error."""
+    """Makes a config of every key there is, locked: setting another one is an error."""
     config = ConfigDict()
     config.seed = 0  # Of parameters, draws and data order.
 
@@ -94,7 +94,7 @@ def default_config() -> ConfigDict:
 
 
 def known_keys() -> tuple[str, ...]:
-    """The keys of a config, nested ones with a dot."""
+    """Lists the keys of a config, nested ones with a dot."""
     return tuple(key for key, _ in _flatten(default_config()))
 
 
@@ -153,12 +153,12 @@ _LOWEST = {
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON holds it."""
+    """Returns the config as JSON holds it."""
     return json.loads(config.to_json())
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
-    """The inverse of `to_dict`: the defaults updated by `values`; data only, nothing is executed.
+    """Makes a config from the defaults and `values`, the inverse of `to_dict`; nothing is executed.
 
     Raises:
         ValueError: an unknown key, or a value of another type than its default.
@@ -179,7 +179,7 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """Where two configs differ in what a run computes: `key: value, other value`."""
+    """Lists where two configs differ in what a run computes, as `key: value, other value`."""
     flat, other = dict(_flatten(config)), dict(_flatten(other))
     return [
         f"{key}: {flat[key]!r}, {other[key]!r}" for key in flat if key not in RUN_TIME_KEYS and flat[key] != other[key]

@@ -49,7 +49,7 @@ class SDPointInstance:
 
     @property
     def name(self) -> str:
-        """`full`, `stem_r0.50`, `p05_r0.75`: for keys, files and logs. `from_name` is its inverse."""
+        """Names the instance, as `full`, `stem_r0.50`, `p05_r0.75`; `from_name` is the inverse."""
         if self.point == 0:
             return "full"
         short = f"{self.ratio:.2f}"

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -13,8 +14,8 @@ def say(line: str) -> None:
         tqdm.write(line)
 
 
-def bar(items: Iterable | None = None, **kwargs) -> tqdm:
-    """A progress bar, over `items` or by hand, shown on a terminal only; see `tqdm`."""
+def bar(items: Iterable | None = None, **kwargs: Any) -> tqdm:
+    """Makes a progress bar, over `items` or by hand, shown on a terminal only; see `tqdm`."""
     return tqdm(items, disable=None if jax.process_index() == 0 else True, dynamic_ncols=True, **kwargs)
 
 

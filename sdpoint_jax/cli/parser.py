@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 FAILED = 2  # Exit code after any error.
 
@@ -14,7 +14,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses `args`, by default those of the process; exits with `FAILED` where they are wrong."""
         given = [_with_dashes(arg) for arg in (sys.argv[1:] if args is None else args)]
         parsed, surplus = self.parse_known_args(given, namespace)

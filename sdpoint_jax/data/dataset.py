@@ -39,12 +39,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Counts the classes."""
         return len(self.class_names)
 
     @property
     def splits(self) -> dict[str, int]:
-        """Split name -> number of examples."""
+        """Counts the examples of each split, by its name."""
         return {split: len(decoded) for split, decoded in self.decoded.items()}
 
     def source(self, split: str) -> Examples:

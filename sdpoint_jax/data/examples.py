@@ -120,7 +120,7 @@ class Examples:
 
     @property
     def cached(self) -> bool:
-        """Whether decoded images are kept in memory."""
+        """Tells whether decoded images are kept in memory."""
         return all(split.cached for split, _, _ in self.parts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

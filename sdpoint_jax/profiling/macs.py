@@ -57,7 +57,7 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Two per multiply-accumulate."""
+        """Counts two operations per multiply-accumulate."""
         return 2 * self.macs
 
     def activation_bytes(self, dtype: Any = jnp.float32) -> int:
@@ -164,7 +164,7 @@ def _downsample(x: Shape, ratio: float) -> Shape:
 
 
 def _strided(x: Shape, stride: int, features: int) -> Shape:
-    """Output of an odd kernel padded by half its side."""
+    """Returns the output of an odd kernel padded by half its side."""
     return -(-x[0] // stride), -(-x[1] // stride), features
 
 

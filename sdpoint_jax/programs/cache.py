@@ -34,7 +34,7 @@ _SETTINGS = ("CUDA_", "LIBTPU_", "NVIDIA_", "TF_", "XLA_")  # Of the environment
 
 
 def fetch(what: Any, compile_it: Callable[[], Callable]) -> Callable:
-    """The program of `what`, from disk if it is there, else from `compile_it`; then it is kept for the next time.
+    """Returns the program of `what`: from disk if it is there, else from `compile_it`, kept for the next time.
 
     Programs lie beside those that JAX keeps, in `jax_compilation_cache_dir`, under the same conditions: none is kept
     without such a folder, or if it compiled faster than `jax_persistent_cache_min_compile_time_secs`. Neither is one
@@ -114,7 +114,7 @@ def _path(what):
 
 @functools.cache
 def _surroundings():
-    """A digest of what is the same for all programs of a process."""
+    """Digests what is the same for all programs of a process."""
     sources = [(path.relative_to(_PACKAGE).as_posix(), path.read_bytes()) for path in sorted(_PACKAGE.rglob("*.py"))]
     installed = sorted((found.name.lower(), found.version) for found in importlib.metadata.distributions())
     versions = [name_and_version for name_and_version in installed if name_and_version[0].startswith(_LIBRARIES)]

@@ -169,7 +169,7 @@ def _sharding(spec):
 
 @contextlib.contextmanager
 def _no_garbage_collection():
-    """Tracing makes so many objects, none of them garbage, that looking for garbage takes a third of its time."""
+    """Stops looking for garbage: tracing makes many objects, none of them garbage, and a third of its time goes there."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
 
 
 def _may_have_accelerator():
-    """Whether JAX may find one, as far as that can be told without starting it."""
+    """Tells whether JAX may find one, as far as that can be told without starting it."""
     platforms = os.environ.get("JAX_PLATFORMS")
     if platforms:
         return platforms != "cpu"

@@ -69,7 +69,7 @@ class Artefact:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Counts the classes, K."""
         return len(self.class_names)
 
     def row(self, instance: SDPointInstance) -> InstanceRow:

@@ -112,7 +112,7 @@ def _checkpointer():
 
 
 def _this_host_alone():
-    """All that is saved is the same on all hosts: none needs to wait for another."""
+    """Lets a host save without the others: all that is saved is the same on all of them."""
     index = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"host{index}"
@@ -120,7 +120,7 @@ def _this_host_alone():
 
 
 def _cause(error):
-    """What the system says, where an error of orbax or tensorstore holds that, in many words."""
+    """Returns what the system says, where an error of orbax or tensorstore holds that, in many words."""
     number = getattr(error, "errno", None) or re.search(r"os_error_code='([0-9]+)'", str(error))
     if number is None:
         return _first_line(error)
@@ -156,7 +156,7 @@ def _checksum(array):
 
 
 def _verify_record(path, record):
-    """The content of a record, which fits its own checksum."""
+    """Returns the content of a record, which fits its own checksum."""
     sums = record.get(_CHECKSUMS) if isinstance(record, dict) else None
     if not isinstance(sums, dict) or "content" not in record or not isinstance(sums.get("arrays"), dict):
         raise CheckpointError(f"{path}: not a checkpoint of this project: its record has no checksums")
@@ -309,7 +309,7 @@ def _move_aside(path):
 
 
 def _read_record(path):
-    """The record of a checkpoint alone; an empty one if it is damaged."""
+    """Reads the record of a checkpoint alone; an empty one if it is damaged."""
     try:
         return _verify_record(path, json.loads((path / "record" / "metadata").read_bytes()))
     except (OSError, ValueError):

@@ -40,7 +40,7 @@ class Chain:
 
     @functools.cached_property
     def numbers(self) -> int:
-        """How many uniform random numbers an image takes."""
+        """Counts the uniform random numbers that an image takes."""
         return sum(part.numbers for part in self.parts)
 
     def draw(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
