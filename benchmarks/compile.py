@@ -64,7 +64,7 @@ class NaiveTraining(Training):
 
 
 def compile_one_way(options) -> dict:
-    """Wall time and the seconds of each program, in this process."""
+    """Measures wall time and the seconds of each program, in this process."""
     workload = (NaiveTraining if options.way == "naive" else Training)(options.net, options.dtype)
     concurrent = options.way in ("concurrent", "cached")
     count = options.instances if concurrent else min(options.sample, options.instances)
@@ -82,12 +82,12 @@ def compile_one_way(options) -> dict:
 
 
 def temporary_bytes(programs: steps.TrainPrograms, instances) -> dict[str, int]:
-    """What an instance's program needs of a device's memory beside its arguments and results, as XLA has planned it."""
+    """Returns what an instance's program needs of a device's memory beside its arguments and results, as XLA has planned it."""
     return {i.name: programs.gradients(i).memory_analysis().temp_size_in_bytes for i in instances}
 
 
 def in_fresh_process(way: str, options, cache: str | None) -> dict:
-    """What `compile_one_way` finds in a process of its own, with a persistent cache in the folder `cache`, if any."""
+    """Returns what `compile_one_way` finds in a process of its own, with a persistent cache in the folder `cache`, if any."""
     command = [sys.executable, __file__, f"--way={way}", f"--net={options.net}", f"--dtype={options.dtype}"]
     command += [f"--{name}={getattr(options, name)}" for name in ("instances", "sample", "workers")]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
@@ -102,14 +102,14 @@ def in_fresh_process(way: str, options, cache: str | None) -> dict:
 
 
 def scaled_total(way: dict, instances: int) -> float:
-    """Wall time one after the other for all instances, from that of a sample."""
+    """Returns wall time one after the other for all instances, from that of a sample."""
     shared = way["seconds"].get("update", 0.0)
     own = [seconds for key, seconds in way["seconds"].items() if key != "update"]
     return shared + sum(own) / len(own) * instances
 
 
 def step_time(setting: Setting, dtype: str) -> dict:
-    """Seconds of our step, of two programs, and of the naive one."""
+    """Measures seconds of our step, of two programs, and of the naive one."""
     workloads = {"ours": Training(setting, dtype), "naive": NaiveTraining(setting, dtype)}
     runs = {
         name: functools.partial(workload.seconds_per_step, [FULL_RESOLUTION] * 10)
@@ -122,7 +122,7 @@ def step_time(setting: Setting, dtype: str) -> dict:
 
 
 def parse():
-    """The command line: of the whole benchmark, or of one way in a process of its own."""
+    """Parses the command line: of the whole benchmark, or of one way in a process of its own."""
     if any(argument.startswith("--way=") for argument in sys.argv):
         parser = argparse.ArgumentParser()
         for name, kind in dict(way=str, net=Setting.parse, dtype=str, instances=int, sample=int, workers=int).items():

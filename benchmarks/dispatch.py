@@ -24,7 +24,7 @@ TINY = Setting("wrn10_1", 8, 4)
 
 
 def switching(setting: Setting, options) -> dict:
-    """Seconds per step of the same steps, in an order that switches every time, and grouped."""
+    """Measures seconds per step of the same steps, in an order that switches every time, and grouped."""
     workload = Training(setting, options.dtype)
     chosen = report.spread(setting.model().instances(), options.instances)
     switched = chosen * (options.steps // len(chosen))
@@ -57,7 +57,7 @@ class Counter:
 
 
 def count_compilations(steps: int) -> dict:
-    """Of `steps` steps of a tiny net: events before and after every instance has been used once."""
+    """Counts traces and compilations in `steps` steps of a tiny net, before and after each instance was used once."""
     counter, workload, instances = Counter(), Training(TINY), TINY.model().instances()
     for instance in random.Random(0).sample(instances, len(instances)):
         workload.step(instance)

@@ -32,7 +32,7 @@ DEFAULTS = {"dtype": "float32", "peers": "eager", "tuned_instances": 3, "latency
 
 
 def against_macs(ours: Inference, setting: Setting, options) -> dict:
-    """By instance: time and MACs, both over full resolution."""
+    """Measures, by instance, time and MACs, both over full resolution."""
     model = setting.model()
     runs = {
         instance: functools.partial(ours.seconds_per_step, [instance] * options.steps, options.clock)
@@ -49,7 +49,7 @@ def against_macs(ours: Inference, setting: Setting, options) -> dict:
 
 
 def measure(setting: Setting, options, macs: bool) -> dict:
-    """Inference of one net beside its peers and, if `macs`, its time beside its MACs."""
+    """Measures inference of one net beside its peers and, if `macs`, its time beside its MACs."""
     ours = Inference(setting, options.dtype)
     with start_peers(options.peers, "Inference", setting) as peers:
         result = {"instances": against_peers(ours, peers, setting, options)}

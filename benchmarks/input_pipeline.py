@@ -39,7 +39,7 @@ SMALL_BATCH, SMALL_IMAGES = 128, 2048
 
 
 def synthetic_photographs(count=48):
-    """JPEG files of photographs' sizes and, about, of their number of bytes."""
+    """Makes JPEG files of photographs' sizes and, about, of their number of bytes."""
     rng = np.random.default_rng(0)
     for index in range(count):
         height, width = [(375, 500), (500, 375), (333, 500), (500, 334)][index % 4]
@@ -55,7 +55,7 @@ def synthetic_photographs(count=48):
 
 
 def training_image_pil(content, rng):
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip on PIL, to an array."""
+    """Applies torchvision's RandomResizedCrop and RandomHorizontalFlip on PIL, to an array."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     row = np.array([rng.random() for _ in range(4 * augment.CROP_TRIES)])
     top, left, height, width = augment.random_crop_box((image.height, image.width), row)
@@ -67,14 +67,14 @@ def training_image_pil(content, rng):
 
 
 def training_image(content, rng):
-    """The project's training image of a JPEG file, from decoding to the array."""
+    """Makes the project's training image of a JPEG file, from decoding to the array."""
     augmentation = augment.AUGMENTATIONS["random_resized_crop_flip"]
     row = np.array([rng.random() for _ in range(augmentation.numbers)])
     return np.array(augmentation.apply(decode.decode(content, 3), row, SIZE))
 
 
 def evaluation_image_pil(content, rng):
-    """torchvision's Resize and CenterCrop on PIL, to an array."""
+    """Applies torchvision's Resize and CenterCrop on PIL, to an array."""
     del rng
     image = Image.open(io.BytesIO(content)).convert("RGB")
     scale = RESIZE[0] / min(image.size)
@@ -84,13 +84,13 @@ def evaluation_image_pil(content, rng):
 
 
 def evaluation_image(content, rng):
-    """The project's evaluation image of a JPEG file, likewise."""
+    """Makes the project's evaluation image of a JPEG file, likewise."""
     del rng
     return np.array(augment.resize_and_center_crop(decode.decode(content, 3), RESIZE, SIZE))
 
 
 def small_image_pil(image, rng):
-    """torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip on PIL, to an array."""
+    """Applies torchvision's RandomCrop(32, padding=4) and RandomHorizontalFlip on PIL, to an array."""
     padded = Image.new("RGB", (40, 40))
     padded.paste(Image.fromarray(image), (4, 4))
     left, top = rng.randrange(9), rng.randrange(9)
@@ -113,7 +113,7 @@ class Rate:
 
 
 def one_by_one(function, inputs, seconds, threads=1):
-    """The rate of function(input, rng) over the inputs, again and again."""
+    """Measures the rate of function(input, rng) over the inputs, again and again."""
 
     def work(seed):
         rng = random.Random(seed)
@@ -129,7 +129,7 @@ def one_by_one(function, inputs, seconds, threads=1):
 
 
 def by_batches(batches, seconds, ready):
-    """The rate of the batches, not counting the first few, which may have been `ready` before."""
+    """Measures the rate of the batches, not counting the first few, which may have been `ready` before."""
     for _ in range(ready):
         next(batches)
     with Rate() as rate:
@@ -168,14 +168,14 @@ class Arrays:
 
 
 def small_dataset(images):
-    """A data set of images of CIFAR's size, in memory."""
+    """Makes a data set of images of CIFAR's size, in memory."""
     split = examples.DecodedSplit(Arrays(images), channels=3, num_classes=10, image_size=(32, 32))
     names = tuple("0123456789")
     return data.Dataset("small", names, 3, (32, 32), "error", {"train": split})
 
 
 def photograph_dataset(folder, photographs):
-    """A data set of JPEG files, which are written below `folder`."""
+    """Makes a data set of JPEG files, which are written below `folder`."""
     for index, content in enumerate(photographs):
         path = pathlib.Path(folder, "train", str(index % 2), f"{index}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def photograph_dataset(folder, photographs):
 
 
 def measurements(photographs, folder, threads, stack):
-    """Name -> function(seconds) -> Rate; None where a library is missing."""
+    """Returns name -> function(seconds) -> Rate; None where a library is missing."""
     small = np.random.default_rng(0).integers(0, 256, (SMALL_IMAGES, 32, 32, 3), np.uint8)
     photographs = list(photographs)
     runs = {
@@ -221,7 +221,7 @@ def measurements(photographs, folder, threads, stack):
 
 
 def measure(runs, rounds, seconds):
-    """Name -> {"per_core": [...], "per_second": [...]}, a rate for each round."""
+    """Measures name -> {"per_core": [...], "per_second": [...]}, a rate for each round."""
     rows = {name: {"per_core": [], "per_second": []} for name, run in runs.items() if run}
     for number in range(rounds + 1):
         for name, row in rows.items():
@@ -233,7 +233,7 @@ def measure(runs, rounds, seconds):
 
 
 def ratio(rows, name, other, column):
-    """Median, over the rounds, of one rate over another of the same round."""
+    """Returns the median, over the rounds, of one rate over another of the same round."""
     if name not in rows or other not in rows:
         return None
     return report.ratio(rows[name][column], rows[other][column])["median"]

@@ -65,7 +65,7 @@ class OneByOne:
 
 
 def _pool(batches):
-    """Moments over all batches, from those of each."""
+    """Pools the moments over all batches, from those of each."""
     parts = [jax.device_get(part) for part in batches]
 
     def pool(*parts):
@@ -79,7 +79,7 @@ def _pool(batches):
 
 
 def passes(model, instances, image_size: int) -> dict[str, float]:
-    """MACs of both ways over those of full resolution."""
+    """Counts MACs of both ways over those of full resolution."""
     total = count_macs(model, FULL_RESOLUTION, image_size)
     starts = [model.last_shared_point(instance) for instance in instances]
     one_by_one = sum(count_macs(model, instance, image_size) for instance in instances)
@@ -89,13 +89,13 @@ def passes(model, instances, image_size: int) -> dict[str, float]:
 
 
 def difference(found, expected) -> float:
-    """The largest difference over leaves, each relative to its largest value."""
+    """Returns the largest difference over leaves, each relative to its largest value."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs)
 
 
 def timed(clock, function, *args):
-    """Seconds of a call by one of `report.CLOCKS`, and its result."""
+    """Returns seconds of a call by one of `report.CLOCKS`, and its result."""
     now = report.CLOCKS[clock]
     start = now()
     result = function(*args)
@@ -103,7 +103,7 @@ def timed(clock, function, *args):
 
 
 def measure(setting: Setting, options) -> dict:
-    """Sweeps of one net, shared and one by one: seconds, passes, and how far their numbers are apart."""
+    """Measures sweeps of one net, shared and one by one: seconds, passes, and how far their numbers are apart."""
     model = setting.model(options.dtype)
     instances = model.instances()
     if options.instances:

@@ -34,7 +34,7 @@ DEFAULTS = {"dtype": "float32", "peers": "eager", "tuned_instances": 1, "rounds"
 
 
 def against_peers(ours, peers: dict, setting: Setting, options) -> dict:
-    """By instance: images/s of each workload, and the ratio of ours to each peer."""
+    """Measures, by instance, images/s of each workload, and the ratio of ours to each peer."""
     results = {}
     for number, instance in enumerate(sample_instances(setting.model())):
         workloads = {"ours": ours} | {
@@ -56,7 +56,7 @@ def against_peers(ours, peers: dict, setting: Setting, options) -> dict:
 
 
 def mean_over_draw(values: dict) -> float:
-    """The mean under the paper's draw: uniform over points, then over the ratios at a point."""
+    """Averages under the paper's draw: uniform over points, then over the ratios at a point."""
     by_point = {}
     for instance, value in values.items():
         by_point.setdefault(instance.point, []).append(value)
@@ -64,7 +64,7 @@ def mean_over_draw(values: dict) -> float:
 
 
 def over_the_draw(ours, setting: Setting, options) -> dict:
-    """Mean step time and mean MACs of the draw, both over full resolution."""
+    """Measures mean step time and mean MACs of the draw, both over full resolution."""
     model = setting.model()
     points = dict.fromkeys(instance.point for instance in model.instances())
     instances = model.instances(points=report.spread(list(points), options.draw))
@@ -90,7 +90,7 @@ def over_the_draw(ours, setting: Setting, options) -> dict:
 
 
 def measure(setting: Setting, options) -> dict:
-    """Training steps of one net: beside its peers, over the draw, and the peak of memory."""
+    """Measures training steps of one net: beside its peers, over the draw, and the peak of memory."""
     ours = Training(setting, options.dtype)
     memory = {}
     ours.step(FULL_RESOLUTION)
@@ -105,7 +105,7 @@ def measure(setting: Setting, options) -> dict:
 
 
 def table(results: dict, what: str) -> None:
-    """One line for each instance: images/s of each workload, and our ratio to each peer."""
+    """Prints one line for each instance: images/s of each workload, and our ratio to each peer."""
     print(f"{what:32}{'':10}{'images/s':>26}{'ours over it':>24}")
     for net, result in results.items():
         for name, row in result["instances"].items():

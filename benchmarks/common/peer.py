@@ -41,7 +41,7 @@ class Peer:
         theirs.close()
 
     def seconds_per_step(self, instances: Sequence[SDPointInstance], clock: str = "wall") -> float:
-        """See `workload.Workload.seconds_per_step`; EOFError if the process has died."""
+        """Measures as `workload.Workload.seconds_per_step`; EOFError if the process has died."""
         self._connection.send((instances, clock))
         return self._connection.recv()
 

@@ -33,7 +33,7 @@ FLAGS = {
 
 
 def parse(doc: str, presets: Mapping[str, dict], **flags) -> argparse.Namespace:
-    """The command line: `--json`, `--clock`, `--preset`, and a flag for each value of a preset.
+    """Parses the command line: `--json`, `--clock`, `--preset`, and a flag for each value of a preset.
 
     Also sets up the process's memory as `train.py` does.
 
@@ -57,14 +57,14 @@ def parse(doc: str, presets: Mapping[str, dict], **flags) -> argparse.Namespace:
 
 
 def switch(text: str) -> bool:
-    """A flag's value, yes or no."""
+    """Parses a flag's value, yes or no."""
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r}: valid are yes and no")
     return text == "yes"
 
 
 def spread(items: Sequence, count: int) -> tuple:
-    """`count` of the items, or all if there are fewer, evenly from the first to the last."""
+    """Picks `count` of the items, or all if there are fewer, evenly from the first to the last."""
     count = min(count, len(items))
     return tuple(items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count))
 
@@ -81,17 +81,17 @@ def take_turns(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, extremes and number of values."""
+    """Returns median, extremes and number of values."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def ratio(values: list[float], others: list[float]) -> dict[str, float]:
-    """Summary of the rounds' ratios."""
+    """Summarises the rounds' ratios."""
     return summary([a / b for a, b in zip(values, others, strict=True)])
 
 
 def show(stats: Mapping[str, float], form: str = ".3g") -> str:
-    """A summary in a cell of a table."""
+    """Formats a summary for a cell of a table."""
     return f"{stats['median']:{form}} ({stats['low']:{form}}-{stats['high']:{form}})"
 
 
@@ -109,14 +109,14 @@ def write(path: str | None, options: argparse.Namespace, **results) -> None:
 
 
 def heading() -> str:
-    """The lines above a table."""
+    """Returns the lines above a table."""
     device = jax.devices()[0]
     libraries = ", ".join(f"{name} {value}" for name, value in versions().items() if value)
     return f"\n{processor()}, {os.cpu_count()} cores; {device.device_kind} x {jax.device_count()}\n{libraries}"
 
 
 def machine() -> dict:
-    """What the results depend on beside the libraries; `load` is the mean number of processes in the last minute."""
+    """Describes what the results depend on beside the libraries; `load` is the mean number of processes in the last minute."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -127,7 +127,7 @@ def machine() -> dict:
 
 
 def processor() -> str:
-    """The processor's name, or that of its architecture."""
+    """Names the processor, or gives that of its architecture."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -141,7 +141,7 @@ def versions(libraries: Iterable[str] = LIBRARIES) -> dict:
 
 
 def version(library: str) -> str | None:
-    """The installed version; None where there is none."""
+    """Returns the installed version; None where there is none."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

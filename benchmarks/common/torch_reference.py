@@ -123,7 +123,7 @@ class _Workload(Workload):
         self._functions = {}
 
     def _function(self, instance):
-        """The net under `instance`."""
+        """Returns the net under `instance`."""
         if instance not in self._functions:
             function = functools.partial(self._net, instance=instance)
             self._functions[instance] = torch.compile(function, dynamic=False) if self._tuned else function

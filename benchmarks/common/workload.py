@@ -62,7 +62,7 @@ class Setting(NamedTuple):
 
 
 def random_batch(setting: Setting, seed: int = 0) -> dict[str, np.ndarray]:
-    """uint8 images and int32 labels."""
+    """Draws uint8 images and int32 labels."""
     rng = np.random.default_rng(seed)
     shape = (setting.batch_size, setting.image_size, setting.image_size, 3)
     labels = rng.integers(0, setting.num_classes, setting.batch_size)
@@ -70,7 +70,7 @@ def random_batch(setting: Setting, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def sample_instances(model) -> tuple[SDPointInstance, ...]:
-    """Full resolution, an instance at the middle of the net and the earliest one, both at half the side."""
+    """Picks full resolution, an instance at the middle of the net and the earliest one, both at half the side."""
     early = STEM if model.has_stem_point else 1
     return FULL_RESOLUTION, SDPointInstance((model.num_blocks + 1) // 2, 0.5), SDPointInstance(early, 0.5)
 
@@ -79,7 +79,7 @@ class Workload:
     """What can be timed: `step(instance)` starts a step, `wait()` returns when all have ended."""
 
     def seconds_per_step(self, instances: Sequence[SDPointInstance], clock: str = "wall") -> float:
-        """Mean time of steps of `instances`, one after the other, started as fast as they can be."""
+        """Measures the mean time of steps of `instances`, one after the other, started as fast as they can be."""
         now = report.CLOCKS[clock]
         self.wait()
         start = now()
@@ -124,7 +124,7 @@ class Inference(Workload):
 
 
 def drawn_artefact(setting: Setting, dtype: str = "float32") -> Artefact:
-    """An artefact of all instances whose parameters are drawn and whose accuracies are made up."""
+    """Makes an artefact of all instances whose parameters are drawn and whose accuracies are made up."""
     model = setting.model(dtype)
     init = jax.jit(functools.partial(model.init, train=False))
     variables = jax.device_get(init(jax.random.key(0), np.zeros((1, *setting.image_shape), np.float32)))

@@ -169,7 +169,7 @@ def _sharding(spec):
 
 @contextlib.contextmanager
 def _no_garbage_collection():
-    """Stops looking for garbage: tracing makes many objects, none of them garbage, and a third of its time goes there."""
+    """Stops looking for garbage, which takes a third of tracing's time: none of its many objects is any."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
