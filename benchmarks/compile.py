@@ -82,12 +82,12 @@ def compile_one_way(options) -> dict:
 
 
 def temporary_bytes(programs: steps.TrainPrograms, instances) -> dict[str, int]:
-    """Returns what an instance's program needs of a device's memory beside its arguments and results, as XLA has planned it."""
+    """Returns what an instance's program needs of memory beside its arguments and results, as XLA plans it."""
     return {i.name: programs.gradients(i).memory_analysis().temp_size_in_bytes for i in instances}
 
 
 def in_fresh_process(way: str, options, cache: str | None) -> dict:
-    """Returns what `compile_one_way` finds in a process of its own, with a persistent cache in the folder `cache`, if any."""
+    """Returns what `compile_one_way` finds in a process of its own, with a persistent cache if a folder is named."""
     command = [sys.executable, __file__, f"--way={way}", f"--net={options.net}", f"--dtype={options.dtype}"]
     command += [f"--{name}={getattr(options, name)}" for name in ("instances", "sample", "workers")]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

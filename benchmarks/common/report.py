@@ -116,7 +116,7 @@ def heading() -> str:
 
 
 def machine() -> dict:
-    """Describes what the results depend on beside the libraries; `load` is the mean number of processes in the last minute."""
+    """Describes what results depend on beside the libraries; `load` is the mean count of processes, of a minute."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
