@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sdpoint_jax.models.registry import create_model as create_model
     from sdpoint_jax.profiling.macs import count_cost as count_cost
     from sdpoint_jax.serving.predictor import Predictor as Predictor
+    from sdpoint_jax.serving.selection import Budget as Budget
+    from sdpoint_jax.serving.selection import select as select
     from sdpoint_jax.storage.checkpoint import load_newest as load_checkpoint  # noqa: F401
 
 _HOMES = {
@@ -22,6 +24,8 @@ _HOMES = {
     "create_model": ("models.registry", "create_model"),
     "count_cost": ("profiling.macs", "count_cost"),
     "Predictor": ("serving.predictor", "Predictor"),
+    "Budget": ("serving.selection", "Budget"),
+    "select": ("serving.selection", "select"),
     "load_checkpoint": ("storage.checkpoint", "load_newest"),
 }
 __all__ = list(_HOMES)

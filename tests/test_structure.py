@@ -23,7 +23,7 @@ IMPORTS = {
     "experiment": {"config", "data", "instance", "models"},
     "evaluation": {"config", "experiment", "instance", "profiling", "programs", "progress", "storage"},
     "training": {"config", "experiment", "instance", "models", "programs", "progress", "storage"},
-    "serving": {"instance", "models", "programs", "storage"},
+    "serving": {"data", "instance", "models", "programs", "storage"},
     "cli": {
         "config",
         "data",

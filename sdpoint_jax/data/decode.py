@@ -9,6 +9,7 @@ import io
 import struct
 
 import numpy as np
+from PIL import Image
 
 from sdpoint_jax.data.opencv import opencv
 
@@ -71,17 +72,31 @@ def _decode_cv2(data: bytes, channels: int) -> np.ndarray | None:
     return image.reshape(*image.shape[:2], channels) if image is not None else None
 
 
-def _decode_pil(data: bytes, channels: int) -> np.ndarray:
-    from PIL import Image
+def from_pil(image: Image.Image, channels: int) -> np.ndarray:
+    """Converts a PIL image to uint8 [H, W, channels], as `decode` does with the file that it comes from.
 
+    Raises:
+        BadImageError: the file that it is read from is damaged.
+    """
     try:
-        file = Image.open(io.BytesIO(data))
-        file.load()
-        file.info.pop("transparency", None)  # PIL would warn that it is dropped.
-        image = np.asarray(file.convert("RGB" if channels == 3 else "L"))
+        image.load()
+        image.info.pop("transparency", None)  # PIL would warn that it is dropped.
+        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
     except Exception as error:  # PIL's decoders raise nearly every type there is.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "cannot identify image file" in reason:
-            reason = "not an image"
-        raise BadImageError(f"cannot be decoded ({reason})") from None
-    return image.reshape(*image.shape[:2], channels)
+        raise _undecodable(error) from None
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _decode_pil(data: bytes, channels: int) -> np.ndarray:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:  # Likewise.
+        raise _undecodable(error) from None
+    return from_pil(image, channels)
+
+
+def _undecodable(error):
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "cannot identify image file" in reason:
+        reason = "not an image"
+    return BadImageError(f"cannot be decoded ({reason})")

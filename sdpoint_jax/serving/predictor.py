@@ -1,8 +1,11 @@
 """Inference within a budget: loads a sweep's artefact, picks an SDPoint instance, predicts."""
 
+import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,58 +15,84 @@ from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.programs.inference import InferencePrograms
+from sdpoint_jax.serving.images import to_batch
+from sdpoint_jax.serving.selection import Budget, select
 from sdpoint_jax.storage import artefact
 from sdpoint_jax.storage.artefact import Artefact, InstanceRow
 
 _LARGEST_BATCH = 256  # Larger ones are split; smaller ones padded to a power of two, so that programs stay few.
 
 
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One class of an image.
+
+    Attributes:
+        label: number of the class.
+        class_name: its name.
+        probability: in 0..1.
+    """
+
+    label: int
+    class_name: str
+    probability: float
+
+
 class Predictor:
     """A trained net with the statistics of the instances that were swept. Any number of threads may use it.
 
         predictor = Predictor.load("runs/digits/sweep/artefact")
-        logits = predictor.predict(images, max_macs=5_000_000)
+        logits = predictor.predict(images, budget=Budget(max_macs=5_000_000))
 
-    Programs are compiled on first use, and kept on disk for the next start. `compile` makes them ahead of time; from
-    then on nothing else is compiled: batches are padded to the sizes that were asked for, and an instance that was not
-    is an error.
+    Programs are compiled on first use, and kept on disk where JAX's compilation cache is. `compile` makes them ahead of
+    time; from then on nothing else is compiled: batches are padded to the sizes that were asked for, and an instance
+    that was not is an error. Parameters are on each device once, whatever the number of instances; switching instances
+    copies nothing.
 
     Attributes:
         rows: the table, a row per instance.
         class_names: of the K classes.
-        image_shape: (H, W, C) of the images it takes.
-        programs: the compiled programs.
+        image_shape: (H, W, C) that the net takes.
     """
 
-    def __init__(self, swept: Artefact):
-        """Takes the parts of an artefact; see `load`."""
+    def __init__(self, swept: Artefact, *, devices: Sequence[jax.Device] | None = None):
+        """Puts an artefact on devices.
+
+        Args:
+            swept: see `load`.
+            devices: of this host; by default all its accelerators, or, where there is none, one CPU device. Batches of
+                a large input, and calls of several threads, take turns on them.
+        """
         self._artefact = swept
         self.rows: tuple[InstanceRow, ...] = swept.rows
         self.class_names, self.image_shape = swept.class_names, swept.image_shape
-        self.programs = InferencePrograms(
-            create_model(swept.model, swept.num_classes, dtype=swept.dtype),
-            image_shape=swept.image_shape,
-            preprocess=functools.partial(normalize, mean=swept.mean, std=swept.std),
-        )
-        self._params = jax.device_put(swept.params, self.programs.device)
-        self._batch_stats = {
-            instance: jax.device_put(tree, self.programs.device) for instance, tree in swept.batch_stats.items()
-        }
+        local = jax.local_devices()
+        chosen = devices or (local if local[0].platform != "cpu" else local[:1])
+        model = create_model(swept.model, swept.num_classes, dtype=swept.dtype)
+        preprocess = functools.partial(normalize, mean=swept.mean, std=swept.std)
+        self._replicas = [_Replica(swept, model, preprocess, device) for device in chosen]
+        self._turns = itertools.count()
         self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}  # Batch sizes, ascending.
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Predictor":
+    def load(cls, path: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> "Predictor":
         """Loads and verifies the artefact at `path`, as `runs/digits/sweep/artefact`.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or it is a checkpoint without re-estimated statistics.
+            CheckpointError: there is none, it is damaged or of a newer format, or it is a checkpoint without
+                re-estimated statistics.
         """
-        return cls(artefact.load(path))
+        return cls(artefact.load(path), devices=devices)
 
     @property
     def instances(self) -> tuple[SDPointInstance, ...]:
         """Lists the instances that can be used."""
         return tuple(row.instance for row in self.rows)
+
+    @property
+    def programs(self) -> InferencePrograms:
+        """Returns the programs of the first device."""
+        return self._replicas[0].programs
 
     def compile(self, instances: Iterable[SDPointInstance | str], batch_sizes: Iterable[int], workers: int = 0) -> None:
         """Compiles ahead of time, or loads what an earlier process has compiled; from then on, nothing else is.
@@ -81,8 +110,9 @@ class Predictor:
             raise ValueError(f"batch_sizes {list(sizes)}: give at least one, each at least 1")
         chosen = [self._find(instance) for instance in instances]
         keys = [(instance, size) for instance in chosen for size in sizes]
-        for _ in self.programs.compile(keys, workers):
-            pass
+        for replica in self._replicas:
+            for _ in replica.programs.compile(keys, workers):
+                pass
         for instance in chosen:
             self._compiled[instance] = tuple(sorted({*self._compiled.get(instance, ()), *sizes}))
 
@@ -90,57 +120,96 @@ class Predictor:
         """Returns the program of an instance for just this batch size, compiled now if it is not.
 
         Returns:
-            from uint8 images [batch_size, H, W, C] to logits [batch_size, K] on the device, which it does not wait for.
+            from uint8 images [batch_size, H, W, C] to logits [batch_size, K] on the first device, for which it does
+            not wait.
         """
-        found = self._find(instance)
-        return functools.partial(self.programs[found, batch_size], self._params, self._batch_stats[found])
+        return self._replicas[0].program(self._find(instance), batch_size)
 
-    def select(self, *, max_macs: float | None = None) -> SDPointInstance:
+    def select(
+        self, budget: Budget | None = None, *, max_macs: float | None = None, **settings: Any
+    ) -> SDPointInstance:
         """Picks the most accurate instance (top-1) within a budget; of equally accurate ones the cheapest.
 
         Args:
-            max_macs: the most MACs that one image may cost; None for no limit.
+            budget: see `selection.Budget`; None for no limit.
+            max_macs: the same as `Budget(max_macs=...)`.
+            **settings: `device`, `runtime`, `dtype` and `prefer` of `selection.select`.
 
         Raises:
-            ValueError: no instance is that cheap; names the cheapest.
+            ValueError: an impossible budget; names the nearest possible.
         """
-        affordable = [row for row in self.rows if max_macs is None or row.macs <= max_macs]
-        if not affordable:
-            cheapest = min(self.rows, key=lambda row: row.macs)
-            raise ValueError(
-                f"max_macs {max_macs:g}: the cheapest instance, {cheapest.name}, needs {cheapest.macs} MACs"
-            )
-        return max(affordable, key=lambda row: (row.top1, -row.macs)).instance
+        if max_macs is not None:
+            if budget is not None:
+                raise ValueError(f"max_macs {max_macs:g} and budget {budget}: give one of them")
+            budget = Budget(max_macs=max_macs)
+        return select(self.rows, budget or Budget(), **settings).instance
 
     def predict(
-        self, images: ArrayLike, *, max_macs: float | None = None, instance: SDPointInstance | str | None = None
+        self,
+        images: Any,
+        *,
+        budget: Budget | None = None,
+        max_macs: float | None = None,
+        instance: SDPointInstance | str | None = None,
     ) -> np.ndarray:
         """Classifies with one instance.
 
         Args:
-            images: uint8 [B, H, W, C], of `image_shape`.
-            max_macs: the budget for one image; see `select`.
+            images: an array [B, H, W, C] of `image_shape`, uint8 or floats in 0..1; or one image or a list of images of
+                any size: paths, bytes of image files, PIL images, uint8 arrays; see `images.to_batch`.
+            budget: for the instance; see `select`.
+            max_macs: likewise.
             instance: the one to use, or its name, instead of a budget.
 
         Returns:
             logits [B, K], float32.
 
         Raises:
-            ValueError: images of another shape or type, an impossible budget, an instance that was not swept, or one
-                that was not compiled where `compile` was called.
+            ValueError: images of another shape, type or range, an impossible budget, an instance that was not swept, or
+                one that was not compiled where `compile` was called.
+            BadImageError: a file that is no image; names it.
+            OSError: a file that cannot be opened.
         """
-        if max_macs is not None and instance is not None:
-            raise ValueError(f"max_macs {max_macs:g} and instance {instance}: give one of them")
-        chosen = self.select(max_macs=max_macs) if instance is None else self._find(instance)
-        checked, sizes = self._check_images(images), self._batch_sizes(chosen)
-        starts = range(0, len(checked), sizes[-1])
-        logits = [self._predict_batch(checked[start : start + sizes[-1]], chosen, sizes) for start in starts]
+        chosen = self._choose(budget, max_macs, instance)
+        batch, sizes = to_batch(images, self.image_shape, self._artefact.resize), self._batch_sizes(chosen)
+        starts = range(0, len(batch), sizes[-1])
+        running = [self._start(batch[start : start + sizes[-1]], chosen, sizes) for start in starts]
+        logits = [np.asarray(output)[:count] for output, count in running]
         return np.concatenate([np.empty((0, len(self.class_names)), np.float32), *logits])
 
-    def _predict_batch(self, images, instance, sizes):
+    def predict_probabilities(self, images: Any, **choice: Any) -> np.ndarray:
+        """Classifies as `predict`, to probabilities [B, K], float32, that sum to 1."""
+        return _softmax(self.predict(images, **choice))
+
+    def predict_classes(self, images: Any, *, top: int = 1, **choice: Any) -> list[list[Prediction]]:
+        """Classifies as `predict`, to the `top` most likely classes of each image, the likeliest first.
+
+        Raises:
+            ValueError: `top` below 1 or over K; besides those of `predict`.
+        """
+        if not 1 <= top <= len(self.class_names):
+            raise ValueError(f"top {top}: valid are 1 to {len(self.class_names)}, the number of classes")
+        probabilities = self.predict_probabilities(images, **choice)
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+        return [
+            [Prediction(int(k), self.class_names[k], float(row[k])) for k in labels]
+            for row, labels in zip(probabilities, best)
+        ]
+
+    def _choose(self, budget, max_macs, instance) -> SDPointInstance:
+        if instance is None:
+            return self.select(budget, max_macs=max_macs)
+        for name, given in (("budget", budget), ("max_macs", max_macs)):
+            if given is not None:
+                raise ValueError(f"{name} {given} and instance {instance}: give one of them")
+        return self._find(instance)
+
+    def _start(self, images, instance, sizes) -> tuple[jax.Array, int]:
+        """Starts to classify a batch on the next device; returns its logits, padded, and how many count."""
         size = next(size for size in sizes if size >= len(images))
         padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]) if size > len(images) else images
-        return np.asarray(self.program(instance, size)(padded))[: len(images)]
+        replica = self._replicas[next(self._turns) % len(self._replicas)]
+        return replica.program(instance, size)(padded), len(images)
 
     def _batch_sizes(self, instance) -> Sequence[int]:
         """Returns the batch sizes that `instance` may run at, ascending."""
@@ -156,9 +225,20 @@ class Predictor:
         found = SDPointInstance.from_name(instance) if isinstance(instance, str) else instance
         return self._artefact.row(found).instance
 
-    def _check_images(self, given) -> np.ndarray:
-        images = np.asarray(given)
-        if images.ndim != 4 or images.shape[1:] != self.image_shape or images.dtype != np.uint8:
-            wanted = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images {images.dtype} {list(images.shape)}: needs uint8 [B, {wanted}]")
-        return images
+
+class _Replica:
+    """The net on one device: parameters once, statistics of each instance, programs."""
+
+    def __init__(self, swept, model, preprocess, device):
+        self.programs = InferencePrograms(model, image_shape=swept.image_shape, preprocess=preprocess, device=device)
+        self._params = jax.device_put(swept.params, device)
+        self._batch_stats = {instance: jax.device_put(tree, device) for instance, tree in swept.batch_stats.items()}
+
+    def program(self, instance, batch_size):
+        """Returns the program of (instance, batch size), bound to parameters and statistics."""
+        return functools.partial(self.programs[instance, batch_size], self._params, self._batch_stats[instance])
+
+
+def _softmax(logits):
+    shifted = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
+    return shifted / shifted.sum(1, keepdims=True)

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
+from sdpoint_jax.data.augment.crop import resize_and_center_crop
 from sdpoint_jax.evaluation import sweep
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.serving.predictor import Predictor
+from sdpoint_jax.serving.selection import Budget
 from sdpoint_jax.storage import artefact, checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -85,12 +88,96 @@ def test_an_instance_that_was_not_swept_is_refused(swept, tmp_path):
         predictor.predict(np.zeros((1, 8, 8, 1), np.uint8), instance="p02_r0.50")
 
 
-@pytest.mark.parametrize(
-    "images", [np.zeros((2, 8, 8, 1)), np.zeros((8, 8, 1), np.uint8), np.zeros((2, 8, 9, 1), np.uint8)]
-)
-def test_images_of_another_kind_are_refused(predictor, images):
-    with pytest.raises(ValueError, match=r"images .*: needs uint8 \[B, 8, 8, 1\]"):
+BAD_IMAGES = {
+    "another type": (np.zeros((2, 8, 8, 1), np.int32), r"images int32 \[2, 8, 8, 1\]: needs uint8 \[B, 8, 8, 1\]"),
+    "another rank": (np.zeros((8, 8, 1), np.uint8), r"images uint8 \[8, 8, 1\]: needs uint8 \[B, 8, 8, 1\]"),
+    "another size": (np.zeros((2, 8, 9, 1), np.uint8), r"images uint8 \[2, 8, 9, 1\]: needs"),
+    "other channels": (np.zeros((2, 8, 8, 3), np.uint8), r"images uint8 \[2, 8, 8, 3\]: needs"),
+    "normalised": (np.full((2, 8, 8, 1), -0.5), "images float64 from -0.5 to -0.5: floats must lie in 0..1"),
+    "not a number": (np.full((2, 8, 8, 1), np.nan), "images float64 from nan to nan: floats must lie in 0..1"),
+    "no image": (b"no image", r"image 0: cannot be decoded \(not an image\)"),
+    "a list with one that is none": ([np.zeros((9, 9, 1), np.uint8), b""], "image 1: empty file"),
+    "a list with another type": ([np.zeros((9, 9, 1))], r"image 0, float64 \[9, 9, 1\]: needs a path, bytes, a PIL"),
+    "text": (["nowhere.png"], "nowhere.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_images_that_do_not_fit_are_named(predictor, kind):
+    images, message = BAD_IMAGES[kind]
+    with pytest.raises((ValueError, OSError), match=message):
         predictor.predict(images)
+
+
+def test_a_file_that_is_no_image_is_named(predictor, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/text.png: cannot be decoded .not an image"):
+        predictor.predict([tmp_path / "text.png"])
+
+
+def test_all_kinds_of_images_give_the_same(predictor, test_images, tmp_path):
+    image = test_images[0][0]
+    large = Image.fromarray(np.kron(image[..., 0], np.ones((3, 3), np.uint8)))  # 24 x 24, to be resized.
+    large.save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    resized = resize_and_center_crop(np.asarray(large)[..., None], (8, 8), (8, 8))[None]
+    expected = predictor.predict(resized, instance="full")
+    for given in (tmp_path / "image.png", str(tmp_path / "image.png"), content, large, [np.asarray(large)[..., None]]):
+        np.testing.assert_array_equal(predictor.predict(given, instance="full"), expected)
+    np.testing.assert_array_equal(predictor.predict(resized / 255, instance="full"), expected)
+    several = predictor.predict([large, content], instance="full")
+    np.testing.assert_allclose(several, np.concatenate([expected, expected]), rtol=1e-5, atol=1e-6)
+
+
+def test_classes_are_the_most_probable_ones(predictor, test_images):
+    images = test_images[0][:5]
+    probabilities = predictor.predict_probabilities(images, instance="full")
+    logits = predictor.predict(images, instance="full")
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-5)
+    for row, found in zip(probabilities, predictor.predict_classes(images, top=3, instance="full"), strict=True):
+        assert [prediction.label for prediction in found] == np.argsort(-row)[:3].tolist()
+        assert [prediction.class_name for prediction in found] == [str(label) for label in np.argsort(-row)[:3]]
+        assert [prediction.probability for prediction in found] == pytest.approx(sorted(row, reverse=True)[:3])
+    for top in (0, 11):
+        with pytest.raises(ValueError, match=f"top {top}: valid are 1 to 10"):
+            predictor.predict_classes(images, top=top)
+
+
+def test_a_budget_and_an_instance_are_not_given_together(predictor, test_images):
+    with pytest.raises(ValueError, match="max_macs 100 and instance full: give one of them"):
+        predictor.predict(test_images[0][:1], max_macs=100, instance="full")
+    with pytest.raises(ValueError, match="max_macs 1 and budget .*: give one of them"):
+        predictor.select(Budget(min_top1=0.5), max_macs=1)
+
+
+def test_several_devices_share_the_work(swept, test_images):
+    several = Predictor.load(swept.folder / "artefact", devices=jax.local_devices()[:2])
+    several.compile(["full"], [4])
+    one = Predictor.load(swept.folder / "artefact")
+    images = test_images[0][:11]
+    expected = one.predict(images, instance="full")
+    np.testing.assert_allclose(several.predict(images, instance="full"), expected, rtol=1e-5, atol=1e-6)
+    used = {
+        device
+        for replica in several._replicas
+        for leaf in jax.tree.leaves(replica._params)
+        for device in leaf.devices()
+    }
+    assert used == set(jax.local_devices()[:2])
+
+
+def test_predicting_makes_no_program_and_no_copy_of_the_parameters(swept, test_images):
+    predictor = Predictor.load(swept.folder / "artefact")
+    names = [row.name for row in swept.rows]
+    predictor.compile(names, [8])
+    images = test_images[0][:8]
+    predictor.predict(images, instance="full")
+    traced, before = [], len(jax.live_arrays())
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: traced.append(event))
+    for name in names * 3:
+        predictor.predict(images, instance=name)
+    assert not [event for event in traced if "compile" in event]
+    assert len(jax.live_arrays()) <= before
 
 
 def test_a_checkpoint_of_a_run_is_no_artefact(swept, tmp_path):
@@ -103,7 +190,7 @@ def test_the_command_picks(swept, capsys):
     path = swept.folder / "artefact"
     commands.run("select", path, "--relative-budget=0.99")
     assert "budget of" in capsys.readouterr().out
-    assert commands.error_of(capsys, "select", path, "--max-macs=1").startswith("error: max_macs 1: the cheapest")
+    assert commands.error_of(capsys, "select", path, "--max-macs=1").startswith("error: max_macs 1.0: the cheapest")
 
 
 def test_after_compile_nothing_else_is_compiled(swept, test_images):
