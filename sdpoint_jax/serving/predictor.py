@@ -90,6 +90,11 @@ class Predictor:
         return tuple(row.instance for row in self.rows)
 
     @property
+    def resize(self) -> tuple[int, int] | None:
+        """Returns the (height, width) that an image just covers before its centre is cut out; None for (H, W)."""
+        return self._artefact.resize
+
+    @property
     def programs(self) -> InferencePrograms:
         """Returns the programs of the first device."""
         return self._replicas[0].programs
@@ -108,7 +113,7 @@ class Predictor:
         sizes = tuple(sorted(set(batch_sizes)))
         if not sizes or sizes[0] < 1:
             raise ValueError(f"batch_sizes {list(sizes)}: give at least one, each at least 1")
-        chosen = [self._find(instance) for instance in instances]
+        chosen = [self.find(instance) for instance in instances]
         keys = [(instance, size) for instance in chosen for size in sizes]
         for replica in self._replicas:
             for _ in replica.programs.compile(keys, workers):
@@ -123,7 +128,7 @@ class Predictor:
             from uint8 images [batch_size, H, W, C] to logits [batch_size, K] on the first device, for which it does
             not wait.
         """
-        return self._replicas[0].program(self._find(instance), batch_size)
+        return self._replicas[0].program(self.find(instance), batch_size)
 
     def select(
         self, budget: Budget | None = None, *, max_macs: float | None = None, **settings: Any
@@ -171,7 +176,7 @@ class Predictor:
             OSError: a file that cannot be opened.
         """
         chosen = self._choose(budget, max_macs, instance)
-        batch, sizes = to_batch(images, self.image_shape, self._artefact.resize), self._batch_sizes(chosen)
+        batch, sizes = to_batch(images, self.image_shape, self.resize), self._batch_sizes(chosen)
         starts = range(0, len(batch), sizes[-1])
         running = [self._start(batch[start : start + sizes[-1]], chosen, sizes) for start in starts]
         logits = [np.asarray(output)[:count] for output, count in running]
@@ -202,7 +207,7 @@ class Predictor:
         for name, given in (("budget", budget), ("max_macs", max_macs)):
             if given is not None:
                 raise ValueError(f"{name} {given} and instance {instance}: give one of them")
-        return self._find(instance)
+        return self.find(instance)
 
     def _start(self, images, instance, sizes) -> tuple[jax.Array, int]:
         """Starts to classify a batch on the next device; returns its logits, padded, and how many count."""
@@ -220,7 +225,7 @@ class Predictor:
             raise ValueError(f"instance {instance.name}: not compiled; compiled are {names}")
         return self._compiled[instance]
 
-    def _find(self, instance) -> SDPointInstance:
+    def find(self, instance: SDPointInstance | str) -> SDPointInstance:
         """Returns the instance, or the one of that name; raises ValueError if it was not swept."""
         found = SDPointInstance.from_name(instance) if isinstance(instance, str) else instance
         return self._artefact.row(found).instance

@@ -142,6 +142,11 @@ def checksum_tree(arrays: Mapping[str, Any]) -> int:
     return _json_checksum(_checksums(arrays))
 
 
+def checksum_text(content: bytes) -> str:
+    """Computes the checksum of a file's content, as text: of `FILES`, it stands for all of a checkpoint."""
+    return f"{zlib.crc32(content):08x}"
+
+
 def _json_checksum(record):
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
