@@ -10,7 +10,7 @@ from sdpoint_jax.config import default_config
 def get_config():
     """The config; see above."""
     config = default_config()
-    config.model.name = "resnet20"
+    config.model.name = "resnet20_projection_norm"  # Not He et al.'s shortcuts, but those of larger nets.
     config.dataset.image_size = (16, 16)  # Twice the native size, so that the last feature map is 4x4.
     config.num_epochs = 30.0
     config.batch_size = 64

@@ -5,10 +5,15 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+
+FORMAT = 2  # Of a config as JSON holds it. Format 1 had no number, and other nets under the names of `_RENAMED`.
+# Nets for small images: in format 1 a shortcut that changes the shape was a projection with BatchNorm.
+_RENAMED = re.compile(r"(?:resnet|preresnet)(?:20|56|110|164)|wrn[0-9]+_[0-9]+")
 
 # Keys that change neither the result of a run nor its checkpoints: a run may be continued with other values.
 RUN_TIME_KEYS = (
@@ -153,19 +158,42 @@ _LOWEST = {
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as JSON holds it."""
-    return json.loads(config.to_json())
+    """Returns the config as JSON holds it, with the number of its format."""
+    return {"format": FORMAT, **json.loads(config.to_json())}
+
+
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Brings a record in which an earlier version named a net, as a config does, to the names of this one.
+
+    Args:
+        values: with the net's name below `model` and `name`, if at all, and the number of their `format`, if any.
+
+    Raises:
+        ValueError: a format that this version does not read.
+    """
+    found = values.get("format", 1)
+    if found not in range(1, FORMAT + 1):
+        raise ValueError(f"config of format {found!r}: this version reads 1 to {FORMAT}: update sdpoint_jax")
+    model = values.get("model")
+    if found > 1 or not isinstance(model, Mapping) or not _RENAMED.fullmatch(str(model.get("name"))):
+        return dict(values)
+    return {**values, "model": {**model, "name": f"{model['name']}_projection_norm"}}
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     """Makes a config from the defaults and `values`, the inverse of `to_dict`; nothing is executed.
 
+    Args:
+        values: of any format; see `upgrade`.
+
     Raises:
-        ValueError: an unknown key, or a value of another type than its default.
+        ValueError: an unknown key or format, or a value of another type than its default.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"config {values!r}: not keys with values")
     config = default_config()
+    values = upgrade(values)
+    values.pop("format", None)
     for key, value in _flatten(values):
         if key not in known_keys():
             raise ValueError(f"config key {key!r}: known are {', '.join(known_keys())}")

@@ -94,11 +94,18 @@ class Experiment:
 
     def check_params(self, params: Any, source: str) -> None:
         """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes."""
+        self._check_variables("params", params, source)
+
+    def check_statistics(self, statistics: Any, source: str) -> None:
+        """Raises ValueError, naming `source`, unless `statistics` are `batch_stats` of this net."""
+        self._check_variables("batch_stats", statistics, source)
+
+    def _check_variables(self, kind, given, source):
         images = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
         variables = jax.eval_shape(functools.partial(self.model.init, train=False), jax.random.key(0), images)
         wanted, given = (
             {name: value.shape for name, value in traverse_util.flatten_dict(tree, sep="/").items()}
-            for tree in (variables["params"], params)
+            for tree in (variables.get(kind, {}), given)
         )
         wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         if wrong:

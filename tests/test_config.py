@@ -48,3 +48,24 @@ def test_what_does_not_change_a_run_is_no_difference():
     config = tiny.config()
     assert configs.differences(config, tiny.config(keep_checkpoints=9, compile_workers=3)) == []
     assert configs.differences(config, tiny.config(seed=5)) == ["seed: 0, 5"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("resnet20", "resnet20_projection_norm"), ("preresnet164", "preresnet164_projection_norm")]
+    + [("wrn28_10", "wrn28_10_projection_norm"), ("resnet50", "resnet50"), ("resnext29_8x64d", "resnext29_8x64d")],
+)
+def test_a_net_of_a_config_without_a_format_is_what_its_name_meant_then(old, new):
+    values = configs.to_dict(configs.default_config())
+    del values["format"]  # As the version before wrote it.
+    values["model"]["name"] = old
+    assert configs.from_dict(values).model.name == new
+    assert configs.from_dict(values | {"format": 2}).model.name == old
+    assert configs.from_dict(configs.to_dict(configs.from_dict(values))).model.name == new
+    assert values["model"]["name"] == old
+
+
+@pytest.mark.parametrize("found", [0, 3, "2"])
+def test_a_config_of_another_format_is_refused(found):
+    with pytest.raises(ValueError, match=f"config of format {found!r}: this version reads 1 to 2"):
+        configs.from_dict(configs.to_dict(configs.default_config()) | {"format": found})

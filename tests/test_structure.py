@@ -16,7 +16,7 @@ IMPORTS = {
     "config": set(),
     "progress": set(),
     "data": set(),
-    "storage": {"instance"},
+    "storage": {"config", "instance"},
     "models": {"instance"},
     "programs": {"instance", "models", "storage"},
     "profiling": {"instance", "models"},

@@ -28,8 +28,10 @@ RELEASE = {
 
 # Not in the release: its names on nets for small images.
 SMALL = {
-    "resnet20": {"bottleneck": False, "preactivation": False},
-    "preresnet20": {"bottleneck": False, "preactivation": True},
+    "resnet20": {"bottleneck": False, "preactivation": False, "shortcut": "padded_identity"},
+    "resnet20_projection_norm": {"bottleneck": False, "preactivation": False},
+    "preresnet20": {"bottleneck": False, "preactivation": True, "shortcut": "projection"},
+    "preresnet20_projection_norm": {"bottleneck": False, "preactivation": True},
 }
 
 
@@ -49,7 +51,18 @@ def net_shapes(name, num_classes):
 
 
 def tensor_shapes(
-    depths, num_classes, *, bottleneck, preactivation, groups=1, inner=64, stem=64, out=64, stem_kernel=7, channels=3
+    depths,
+    num_classes,
+    *,
+    bottleneck,
+    preactivation,
+    groups=1,
+    inner=64,
+    stem=64,
+    out=64,
+    stem_kernel=7,
+    channels=3,
+    shortcut="projection_norm",
 ):
     """Names and shapes of the tensors of a net, in PyTorch's order; `out` is the width of a basic block."""
     shapes = {"conv1.weight": (stem, channels, stem_kernel, stem_kernel)}
@@ -71,9 +84,9 @@ def tensor_shapes(
                 if preactivation and bottleneck and number == 3:
                     norm = _norm_shapes(f"{block}.bn3", width)
                 shapes |= norm | convolution if preactivation else convolution | norm
-            if index == 0 and (stage or before != features):
+            if index == 0 and (stage or before != features) and shortcut != "padded_identity":
                 shapes[f"{block}.downsample.0.weight"] = (features, before, 1, 1)
-                shapes |= _norm_shapes(f"{block}.downsample.1", features)
+                shapes |= _norm_shapes(f"{block}.downsample.1", features) if shortcut == "projection_norm" else {}
             before = features
     if preactivation:
         shapes |= _norm_shapes("bn2", before)
@@ -169,5 +182,16 @@ def _block(tensors, block, x, preactivation, convolve, normalize, relu):
             y = normalize(y, f"{block}.bn{number}")
             y = relu(y) if f"{block}.conv{number + 1}.weight" in tensors else y
     if f"{block}.downsample.0.weight" in tensors:
-        shortcut = normalize(convolve(shortcut, f"{block}.downsample.0", stride), f"{block}.downsample.1")
+        shortcut = convolve(shortcut, f"{block}.downsample.0", stride)
+        if f"{block}.downsample.1.weight" in tensors:
+            shortcut = normalize(shortcut, f"{block}.downsample.1")
+    elif shortcut.shape != y.shape:
+        shortcut = _padded_identity(shortcut, stride, y.shape[1])
     return shortcut + y
+
+
+def _padded_identity(x, stride, features):
+    """He et al. 2016, option A, as PyTorch's users write it for CIFAR: as many channels of zeros before as after."""
+    from torch.nn import functional as F
+
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, (features - x.shape[1]) // 2, (features - x.shape[1]) // 2))

@@ -10,6 +10,7 @@ import pathlib
 
 from sdpoint_jax.cli import config_flag, distributed
 from sdpoint_jax.cli.parser import comma_separated
+from sdpoint_jax.instance import FULL_RESOLUTION
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ratios", default="", help="only these downsampling ratios")
     parser.add_argument("--split", default="", help="split of the data set to evaluate; by default that of the config")
+    parser.add_argument(
+        "--statistics",
+        choices=("reestimated", "imported"),
+        default="reestimated",
+        help="imported: BatchNorm statistics that came with imported weights, which full resolution alone has",
+    )
     parser.add_argument("--reestimate-batches", type=int, help="batches to re-estimate from; default: of the config")
     parser.add_argument(
         "--reestimate-images",
@@ -62,12 +69,22 @@ def run(args: argparse.Namespace) -> None:
         config.dataset.data_dir = args.data_dir
     parts = experiment.Experiment(config)
     parts.check_params(arrays["params"], args.workdir)
-    instances = parts.instances
+    statistics = _imported_statistics(args, arrays, parts) if args.statistics == "imported" else None
+    instances = parts.instances if statistics is None else (FULL_RESOLUTION,)
     if args.instances or args.points or args.ratios:
         points, ratios = comma_separated(args.points, int, "points"), comma_separated(args.ratios, float, "ratios")
         instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
     output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "sweep")
     split = args.split or config.dataset.test_split
-    rows = sweep.sweep(parts, arrays["params"], instances, output, split=split, baseline=baseline)
+    rows = sweep.sweep(
+        parts, arrays["params"], instances, output, split=split, baseline=baseline, statistics=statistics
+    )
     print(table.format_table(rows))
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
+
+
+def _imported_statistics(args, arrays, experiment):
+    if "batch_stats" not in arrays:
+        raise ValueError(f"--statistics=imported: {args.workdir} holds no statistics, only imported weights do")
+    experiment.check_statistics(arrays["batch_stats"], f"--statistics=imported: {args.workdir}")
+    return arrays["batch_stats"]

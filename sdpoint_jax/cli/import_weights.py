@@ -1,6 +1,7 @@
-"""Imports PyTorch weights of the SDPoint release or of torchvision as a checkpoint.
+"""Imports PyTorch weights of the SDPoint release, of torchvision, of timm or of others as a checkpoint.
 
     python -m sdpoint_jax import checkpoint.pth.tar --model=preresnet101 --output=runs/preresnet101
+    python -m sdpoint_jax import resnet20.th --model=resnet20 --rename=linear:fc --output=runs/resnet20
 
 Pickled files need PyTorch, .safetensors files do not.
 """
@@ -11,21 +12,34 @@ import pathlib
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("file", type=pathlib.Path, help="ending in .pth.tar, .pth, .pt or .safetensors")
+    parser.add_argument("file", type=pathlib.Path, help="ending in .pth.tar, .pth, .pt, .th, .bin or .safetensors")
     parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder of the checkpoint")
     parser.add_argument("--num-classes", type=int, help="as many as in the file by default")
     parser.add_argument("--channels", type=int, default=3, help="of the images, 3 by default")
     parser.add_argument("--reset-head", action="store_true", help="draw a new classifier instead of importing one")
+    parser.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD:NEW",
+        help="call part of the tensors' names otherwise first, as linear:fc; may be given several times",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Imports the file and writes the checkpoint."""
-    from sdpoint_jax.models import torch_import  # Late: JAX takes seconds.
+    from sdpoint_jax import config  # Late: JAX takes seconds.
+    from sdpoint_jax.models import torch_import
     from sdpoint_jax.storage import checkpoint
 
     variables, record = torch_import.import_file(
-        args.file, args.model, num_classes=args.num_classes, channels=args.channels, reset_head=args.reset_head
+        args.file,
+        args.model,
+        num_classes=args.num_classes,
+        channels=args.channels,
+        reset_head=args.reset_head,
+        renames=args.rename,
     )
-    checkpoint.save(args.output, variables, record)
+    checkpoint.save(args.output, variables, record | {"format": config.FORMAT})
     print(f"imported {args.file} as {args.model} with {record['num_classes']} classes: {args.output}")

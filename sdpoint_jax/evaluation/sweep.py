@@ -43,6 +43,7 @@ def sweep(
     *,
     split: str,
     baseline: InstanceRow | None = None,
+    statistics: PyTree | None = None,
 ) -> tuple[InstanceRow, ...]:
     """Sweeps `instances` and writes sweep.csv, sweep.json, sweep.png and the artefact.
 
@@ -53,27 +54,34 @@ def sweep(
         output: folder to write to. An interrupted sweep of the same parameters and settings goes on.
         split: of the data set, to evaluate.
         baseline: row of the same net trained without SDPoint, to mark in the plot; see `table.read_baseline`.
+        statistics: `batch_stats` that came with imported parameters, in place of re-estimated ones. They are those of
+            full resolution, which `instances` must then be alone.
 
     Returns:
         the table, a row per instance in the order given.
 
     Raises:
-        ValueError: another process sweeps into `output`; or see `Evaluator.evaluate`.
+        ValueError: another process sweeps into `output`; imported statistics for more than full resolution; or see
+            `Evaluator.evaluate`.
         OSError: something could not be written; names the path.
     """
+    if statistics is not None and tuple(instances) != (FULL_RESOLUTION,):
+        names = ", ".join(instance.name for instance in instances)
+        raise ValueError(f"imported statistics are those of full resolution alone, not of {names}: re-estimate these")
+    imported = None if statistics is None else {FULL_RESOLUTION: statistics}
     output = pathlib.Path(output)
     with FolderLock(output, "output folder") if is_main_host() else contextlib.nullcontext():
         groups = [instances[start : start + _GROUP] for start in range(0, len(instances), _GROUP)]
         statistics, metrics = {}, {}
         for group in groups:
-            found_statistics, found_metrics = _group_results(experiment, params, group, output, split)
+            found_statistics, found_metrics = _group_results(experiment, params, group, output, split, imported)
             statistics |= found_statistics
             metrics |= found_metrics
-        rows = tuple(_row(experiment, instance, metrics[instance]) for instance in instances)
+        rows = tuple(_row(experiment, instance, metrics[instance], imported) for instance in instances)
         shared, separate = (sum(passes) for passes in zip(*(count_passes(experiment, group) for group in groups)))
         progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; {separate:.1f} one by one")
         if is_main_host():
-            swept = _artefact(experiment, params, statistics, rows, split)
+            swept = _artefact(experiment, params, statistics, rows, split, imported)
             write_results(swept, output, baseline)
             shutil.rmtree(output / _PARTIAL, ignore_errors=True)
     return rows
@@ -102,13 +110,14 @@ def count_passes(experiment: Experiment, instances: Sequence[SDPointInstance]) -
     return (prefix + suffixes) / full, separate / full
 
 
-def _group_results(experiment, params, group, output, split):
+def _group_results(experiment, params, group, output, split, imported):
     """Returns (statistics, metrics) of some instances: from an interrupted sweep, or measured now and kept."""
     names = [instance.name for instance in group]
     key = {
         "instances": names,
         "split": split,
         "params": checkpoint.checksum_tree(params),
+        "imported": imported and checkpoint.checksum_tree(imported[FULL_RESOLUTION]),
         "config": to_dict(experiment.config),
     }
     path = output / _PARTIAL / names[0]
@@ -117,7 +126,7 @@ def _group_results(experiment, params, group, output, split):
         progress.say(f"measured before: {names[0]} to {names[-1]}")
         statistics, metrics = found
         return {i: statistics.get(i.name, {}) for i in group}, {i: Metrics(**metrics[i.name]) for i in group}
-    statistics, metrics = _measure(experiment, params, group, split)
+    statistics, metrics = _measure(experiment, params, group, split, imported)
     if is_main_host():
         arrays = {instance.name: statistics[instance] for instance in group}
         kept = {instance.name: dataclasses.asdict(metrics[instance]) for instance in group}
@@ -144,7 +153,7 @@ def _all_hosts(value):
     return bool(multihost_utils.process_allgather(np.bool_(value)).all())
 
 
-def _measure(experiment, params, group, split):
+def _measure(experiment, params, group, split, statistics):
     config, size = experiment.config, experiment.evaluation_batch_size
     evaluator = Evaluator(
         experiment.model,
@@ -155,10 +164,9 @@ def _measure(experiment, params, group, split):
     )
     compiled = evaluator.compile(config.compile_workers)
     progress.compile_with_bar(compiled, evaluator.num_programs, f"{group[0].name} to {group[-1].name}")
-    num_batches, num_examples = config.reestimate_batches, len(experiment.dataset.source(split))
-    with experiment.reestimation_batches(config.reestimate_images) as batches:
-        chosen = progress.bar(itertools.islice(batches, num_batches), total=num_batches, desc="re-estimating")
-        statistics = evaluator.reestimate(params, chosen)
+    num_examples = len(experiment.dataset.source(split))
+    if statistics is None:
+        statistics = _reestimate(experiment, params, evaluator)
     with experiment.evaluation_batches(split) as batches:
         shown = progress.bar(batches, total=-(-num_examples // size), desc="evaluating")
         metrics = evaluator.evaluate(params, statistics, shown)
@@ -168,7 +176,14 @@ def _measure(experiment, params, group, split):
     return statistics, metrics
 
 
-def _row(experiment, instance, metrics):
+def _reestimate(experiment, params, evaluator):
+    num_batches = experiment.config.reestimate_batches
+    with experiment.reestimation_batches(experiment.config.reestimate_images) as batches:
+        chosen = progress.bar(itertools.islice(batches, num_batches), total=num_batches, desc="re-estimating")
+        return evaluator.reestimate(params, chosen)
+
+
+def _row(experiment, instance, metrics, imported):
     size, channels = tuple(experiment.config.dataset.image_size), experiment.dataset.channels
     cost = count_cost(experiment.model, instance, size, channels)
     return InstanceRow(
@@ -179,13 +194,14 @@ def _row(experiment, instance, metrics):
         metrics.top5,
         metrics.loss,
         metrics.count,
-        f"{experiment.config.reestimate_images} training images",
-        experiment.config.reestimate_batches * experiment.evaluation_batch_size,
+        "imported with the parameters" if imported else f"{experiment.config.reestimate_images} training images",
+        0 if imported else experiment.config.reestimate_batches * experiment.evaluation_batch_size,
     )
 
 
-def _artefact(experiment, params, statistics, rows, split):
+def _artefact(experiment, params, statistics, rows, split, imported):
     config, dataset = experiment.config, experiment.config.dataset
+    batches, images = (0, "none") if imported else (config.reestimate_batches, config.reestimate_images)
     return Artefact(
         params,
         {row.instance: statistics[row.instance] for row in rows},
@@ -198,5 +214,5 @@ def _artefact(experiment, params, statistics, rows, split):
         tuple(dataset.mean),
         tuple(dataset.std),
         to_dict(config),
-        SweepSettings(config.model.name, dataset.name, split, config.reestimate_batches, config.reestimate_images),
+        SweepSettings(config.model.name, dataset.name, split, batches, images),
     )

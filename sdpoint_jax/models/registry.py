@@ -1,11 +1,12 @@
 """The nets by name: `create_model("preresnet101", num_classes=1000)`."""
 
+import dataclasses
 import re
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from sdpoint_jax.models.architecture import Architecture
+from sdpoint_jax.models.architecture import Architecture, ShortcutKind
 from sdpoint_jax.models.resnet import ResNet
 
 _IMAGENET_DEPTHS = {
@@ -23,58 +24,85 @@ def _imagenet(depth, **kwargs):
     return Architecture(_IMAGENET_DEPTHS[depth], 64, 256 if bottleneck else 64, bottleneck, **kwargs)
 
 
-def _resnext(depth):
-    return Architecture(_IMAGENET_DEPTHS[depth], 128, 256, bottleneck=True, groups=32)
+def _grouped(depth, groups, width):
+    """A net of torchvision's: `groups` groups, each `width` wide in the first stage."""
+    return Architecture(_IMAGENET_DEPTHS[depth], groups * width, 256, bottleneck=True, groups=groups)
 
 
-def _small(depth, *, bottleneck=False, preactivation):
-    blocks = (depth - 2) // (9 if bottleneck else 6)
-    return Architecture((blocks,) * 3, 16, 64 if bottleneck else 16, bottleneck, preactivation, 16, imagenet_stem=False)
+def _resnet(depth):
+    """He et al. 2016, section 4.2: shortcuts without parameters, option A."""
+    blocks = (depth - 2) // 6
+    return Architecture((blocks,) * 3, 16, 16, stem=16, imagenet_stem=False, shortcut="padded_identity")
+
+
+def _preresnet(depth, *, bottleneck=False):
+    blocks, features = (depth - 2) // (9 if bottleneck else 6), 64 if bottleneck else 16
+    return Architecture(
+        (blocks,) * 3, 16, features, bottleneck, True, stem=16, imagenet_stem=False, shortcut="projection"
+    )
 
 
 def _wide(depth, width):
+    blocks, features = (depth - 4) // 6, 16 * width
     return Architecture(
-        ((depth - 4) // 6,) * 3, 16 * width, 16 * width, preactivation=True, stem=16, imagenet_stem=False
+        (blocks,) * 3, features, features, False, True, stem=16, imagenet_stem=False, shortcut="projection"
     )
 
 
 ARCHITECTURES = {
     **{f"resnet{depth}": _imagenet(depth) for depth in (18, 34, 50, 101, 152)},
     **{f"preresnet{depth}": _imagenet(depth, preactivation=True) for depth in (18, 34, 50, 101, 152, 200)},
-    **{f"resnext{depth}": _resnext(depth) for depth in (50, 101, 152)},
-    **{f"resnet{depth}": _small(depth, preactivation=False) for depth in (20, 56, 110)},
-    **{f"preresnet{depth}": _small(depth, preactivation=True) for depth in (20, 56, 110)},
-    "preresnet164": _small(164, bottleneck=True, preactivation=True),
+    **{f"resnext{depth}": _grouped(depth, 32, 4) for depth in (50, 101, 152)},
+    **{f"resnet{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110, 1202)},
+    **{f"preresnet{depth}": _preresnet(depth) for depth in (20, 56, 110)},
+    "preresnet164": _preresnet(164, bottleneck=True),
     "resnext29_8x64d": Architecture((3, 3, 3), 512, 256, True, imagenet_stem=False, groups=8),
     "wrn28_10": _wide(28, 10),
 }
-# torchvision's names of the same nets.
-ARCHITECTURES |= {f"resnext{depth}_32x4d": ARCHITECTURES[f"resnext{depth}"] for depth in (50, 101, 152)}
+# The names of torchvision and timm: of the same nets, and of more that differ in the width of their blocks alone.
+ARCHITECTURES |= {
+    **{f"resnext{depth}_32x4d": ARCHITECTURES[f"resnext{depth}"] for depth in (50, 101, 152)},
+    "resnext101_32x8d": _grouped(101, 32, 8),
+    "resnext101_64x4d": _grouped(101, 64, 4),
+    "wide_resnet50_2": _grouped(50, 1, 128),
+    "wide_resnet101_2": _grouped(101, 1, 128),
+}
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def architecture(name: str) -> Architecture:
-    """Returns the row of the table called `name`; WRNs of any depth 6n + 4 and width are `wrn{depth}_{width}`.
+    """Returns the row of the table called `name`.
+
+    Args:
+        name: a key of `ARCHITECTURES`, or `wrn{depth}_{width}`, a WRN of any depth 6n + 4 and width. With the ending
+            `_` and a kind of shortcut, as in `resnet20_projection_norm`, it is the same net with that shortcut. What
+            follows a dot is timm's name for the weights, as in `resnet50.a1_in1k`, and means nothing here.
 
     Raises:
         ValueError: unknown name; lists the known ones.
     """
-    if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
-    wide = re.fullmatch(r"wrn([0-9]+)_([0-9]+)", name)
-    if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
-        return _wide(int(wide[1]), int(wide[2]))
-    raise ValueError(
-        f"model {name!r}: known are {', '.join(ARCHITECTURES)} and wrn{{depth}}_{{width}} of depth 6n + 4 >= 10"
-    )
+    known = name.partition(".")[0]
+    kind = next((kind for kind in get_args(ShortcutKind) if known.endswith(f"_{kind}")), None)
+    known = known.removesuffix(f"_{kind}")
+    wide = re.fullmatch(r"wrn([0-9]+)_([0-9]+)", known)
+    if known in ARCHITECTURES:
+        found = ARCHITECTURES[known]
+    elif wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
+        found = _wide(int(wide[1]), int(wide[2]))
+    else:
+        raise ValueError(
+            f"model {name!r}: known are {', '.join(ARCHITECTURES)} and wrn{{depth}}_{{width}} of depth 6n + 4 >= 10; "
+            f"with another shortcut after an underscore, {' or '.join(get_args(ShortcutKind))}"
+        )
+    return dataclasses.replace(found, shortcut=kind) if kind else found
 
 
 def create_model(name: str, num_classes: int, *, dtype: Any = jnp.float32, **kwargs) -> ResNet:
     """Makes the net called `name`.
 
     Args:
-        name: a key of `ARCHITECTURES`, or `wrn{depth}_{width}`.
+        name: see `architecture`.
         num_classes: K, at least 1.
         dtype: of the computation, float32 or bfloat16 (also as a string); parameters and statistics are float32.
         **kwargs: attributes of `ResNet`.

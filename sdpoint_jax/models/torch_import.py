@@ -2,12 +2,13 @@
 
     python -m sdpoint_jax import checkpoint.pth.tar --model=preresnet101 --output=runs/preresnet101
 
-Both name their tensors alike: `conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0`, `fc`, and `bn2` for the last
-BatchNorm of a pre-activation net. Pickled files need PyTorch, `.safetensors` files do not.
+Both name their tensors alike, and so does timm: `conv1`, `bn1`, `layer1.0.conv1`, `layer1.0.downsample.0`, `fc`, and
+`bn2` for the last BatchNorm of a pre-activation net. Other names are brought to these by renaming parts of them, as
+`linear` to `fc`. Pickled files need PyTorch, `.safetensors` files do not.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from sdpoint_jax.models.blocks import Head
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ResNet
 
-_PICKLED = (".pth.tar", ".pth", ".pt")
+_PICKLED = (".pth.tar", ".pth", ".pt", ".th", ".bin")
 _SAFE = ".safetensors"
 _SAFE_TORCH = "2.6"  # Before, weights_only could be tricked into running code (CVE-2025-32434).
 _DATA_PARALLEL = "module."
@@ -74,6 +75,39 @@ def import_torch_state_dict(
     if reset_head:
         variables |= _new_head(model, features, seed)
     return unflatten_dict(variables)
+
+
+def rename_tensors(state_dict: Mapping[str, Any], renames: Sequence[str]) -> dict[str, Any]:
+    """Renames parts of the tensors' names, the parts being what stands between dots.
+
+    Args:
+        state_dict: PyTorch's names to arrays.
+        renames: each `OLD:NEW`, in order: `linear:fc` makes `fc.weight` of `linear.weight`. OLD may be several parts
+            with dots between them; an empty NEW drops them, as `backbone:` for `backbone.conv1.weight`.
+
+    Raises:
+        ValueError: no `OLD:NEW`, an OLD that is in no name, or two tensors that get the same name.
+    """
+    for rename in renames:
+        old, colon, new = rename.partition(":")
+        if not old or not colon:
+            raise ValueError(f"--rename={rename}: give OLD:NEW, as linear:fc")
+        names = {name: _replace_parts(name, old, new) for name in state_dict}
+        if all(name == renamed for name, renamed in names.items()):
+            raise ValueError(f"--rename={rename}: no tensor has {old!r} in its name; there are {_some(names)}")
+        if len(set(names.values())) < len(names):
+            raise ValueError(f"--rename={rename}: gives two tensors the same name")
+        state_dict = {names[name]: array for name, array in state_dict.items()}
+    return dict(state_dict)
+
+
+def _replace_parts(name, old, new):
+    return f".{name}.".replace(f".{old}.", f".{new}." if new else ".").strip(".")
+
+
+def _some(names, count=6):
+    listed = ", ".join(itertools.islice(names, count))
+    return f"{listed}, ..." if len(names) > count else listed
 
 
 def torch_tensors(model: ResNet, channels: int = 3) -> dict[str, _Tensor]:
@@ -159,8 +193,8 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     """The tensors in a file, by name; below the key `state_dict` if the file has it.
 
     Args:
-        path: `.safetensors`, or pickled by PyTorch: `.pth.tar`, `.pth`, `.pt`. A pickled file is read as plain data:
-            one that would run code is refused.
+        path: `.safetensors`, or pickled by PyTorch: `.pth.tar`, `.pth`, `.pt`, `.th`, `.bin`. A pickled file is read as
+            plain data: one that would run code is refused.
 
     Raises:
         ValueError: another ending, a damaged file, one that holds more than plain data or no tensors by name.
@@ -208,7 +242,13 @@ def _read_pickled(path):
 
 
 def import_file(
-    path: str | Path, name: str, *, num_classes: int | None = None, channels: int = 3, reset_head: bool = False
+    path: str | Path,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    channels: int = 3,
+    reset_head: bool = False,
+    renames: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Imports a PyTorch file, ready to be saved as a checkpoint.
 
@@ -218,14 +258,15 @@ def import_file(
         num_classes: as many as in the file by default.
         channels: of the images.
         reset_head: see `import_torch_state_dict`.
+        renames: see `rename_tensors`.
 
     Returns:
         (variables, record): see `import_torch_state_dict`; and the net and the file they belong to, for JSON.
 
     Raises:
-        ValueError, OSError, ImportError: see the two functions that do it.
+        ValueError, OSError, ImportError: see the functions that do it.
     """
-    state_dict = read_state_dict(path)
+    state_dict = rename_tensors(_without_prefix(read_state_dict(path)), renames)
     num_classes = _count_classes(state_dict, path) if num_classes is None else num_classes
     model = create_model(name, num_classes)
     variables = import_torch_state_dict(state_dict, model, channels=channels, reset_head=reset_head)
@@ -237,5 +278,8 @@ def import_file(
 def _count_classes(state_dict, path):
     bias = _without_prefix(state_dict).get("fc.bias")
     if np.ndim(bias) != 1:
-        raise ValueError(f"{path}: has no vector fc.bias to tell the number of classes, name it (--num-classes)")
+        raise ValueError(
+            f"{path}: has no vector fc.bias to tell the number of classes; --rename=OLD:fc if the classifier has "
+            "another name, or --num-classes"
+        )
     return len(bias)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdpoint_jax.config import upgrade
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.table import InstanceRow, Latency
@@ -24,8 +25,8 @@ class SweepSettings:
         model: name of the net.
         dataset: name of the data set.
         split: that was evaluated.
-        reestimate_batches: batches that the statistics come from.
-        reestimate_images: `augmented` or `clean` training images.
+        reestimate_batches: batches that the statistics come from; 0 where they were imported with the parameters.
+        reestimate_images: `augmented` or `clean` training images; `none` where the statistics were imported.
     """
 
     model: str
@@ -138,7 +139,7 @@ def _from_record(arrays, record):
         arrays["params"],
         {row.instance: statistics.get(row.name, {}) for row in rows},
         rows,
-        record["model"]["name"],
+        upgrade(record["config"] | {"model": record["model"]})["model"]["name"],
         record["model"]["dtype"],
         tuple(record["class_names"]),
         tuple(record["image_shape"]),

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 
 from sdpoint_jax.config import to_dict
@@ -34,6 +35,8 @@ def write_workdirs(folder):
     params = tiny.variables(tiny.net())["params"]
     arrays, record = {"params": params}, RECORD | {"config": to_dict(config)}
     checkpoint.save(folder / "sound/checkpoints/3", arrays, record)
+    checkpoint.save(folder / "imported", tiny.variables(tiny.net()), {"note": "imported"})
+    checkpoint.save(folder / "newer", arrays, record | {"config": {"format": 3}})
     checkpoint.save(folder / "no_params", {"weights": np.zeros(2)}, record)
     checkpoint.save(folder / "no_config", arrays, {"note": "imported"})
     checkpoint.save(folder / "odd_config", arrays, record | {"config": ["!!python/object/apply:os.system ['x']"]})
@@ -62,6 +65,7 @@ def write_workdirs(folder):
     write(folder / "weights.pth", b"no pickle")
     write(folder / "weights.safetensors", b"no safetensors")
     write(folder / "weights.onnx", b"?")
+    safetensors.numpy.save_file({"linear.bias": np.zeros(3, np.float32)}, folder / "named.safetensors")
     write(folder / "images/train/a/1.png", b"no image")
     (folder / "no_images").mkdir()
     checkpoint.save(folder / "escape", arrays, record)
@@ -132,7 +136,11 @@ CASES = [
     (TRAIN, ["--workdir={}/listed_json"], r"listed_json: config \[1, 2\]: not keys with values"),
     (TRAIN, ["--workdir={}/binary_json"], "config.json: not a config"),
     (TRAIN, ["--workdir={}/other_json"], "other_json holds a run of another config .*seed: 7, 0"),
-    (TRAIN, ["--workdir={}/sound"], r"checkpoints/3 holds a run of another config .*model.name: 'wrn10_1', 'resnet20'"),
+    (
+        TRAIN,
+        ["--workdir={}/sound"],
+        r"checkpoints/3 holds a run of another config .*model.name: 'wrn10_1', 'resnet20_projection_norm'",
+    ),
     (TRAIN, ["--workdir={}/hollow"], "none of the 1 checkpoints is sound"),
     (TRAIN, ["--workdir={}/bad_log", "TINY"], "metrics.jsonl: line 2 is no row of a log"),
     (TRAIN, ["--replay_step=x"], "--replay-step.*x"),
@@ -166,6 +174,24 @@ CASES = [
     (EVALUATE, ["--workdir={}/sound", "--split=tset"], "'?tset'?.*test"),
     (EVALUATE, ["--workdir={}/sound", "--reestimate_batches=0"], "config.reestimate_batches 0: at least 1"),
     (EVALUATE, ["--workdir={}/sound", "--reestimate_images=dirty"], "--reestimate-images.*dirty.*augmented"),
+    (EVALUATE, ["--workdir={}/sound", "--statistics=own"], "--statistics.*own.*imported"),
+    (
+        EVALUATE,
+        ["--workdir={}/sound", "--statistics=imported"],
+        "--statistics=imported: .*sound holds no statistics, only imported weights do",
+    ),
+    (
+        EVALUATE,
+        ["--workdir={}/imported", "--config=digits", "--config.model.name=wrn10_2", SIZE, "--statistics=imported"],
+        "imported: does not fit wrn10_2",
+    ),
+    (
+        EVALUATE,
+        ["--workdir={}/imported", "--config=digits", "--config.model.name=wrn10_1", SIZE, "--statistics=imported"]
+        + ["--instances=full,p01_r0.50"],
+        "imported statistics are those of full resolution alone, not of full, p01_r0.50",
+    ),
+    (EVALUATE, ["--workdir={}/newer"], "config of format 3: this version reads 1 to 2"),
     (EVALUATE, ["--workdir={}/sound", "--output={}/file"], "file"),
     (EVALUATE, ["--workdir={}/sound", "--baseline={}/empty"], "baseline .*empty: no .*sweep.json; first run"),
     (EVALUATE, ["--workdir={}/sound", "--baseline={}/bad_table"], "sweep.json is not the table of a sweep"),
@@ -185,6 +211,9 @@ CASES = [
     (IMPORT, ["{}/weights.onnx", "--model=resnet20", "--output={}/o"], "unknown ending; valid are .pth.tar"),
     (IMPORT, ["{}/weights.safetensors", "--model=resnet20", "--output={}/o"], "weights.safetensors"),
     (IMPORT, ["{}/weights.pth", "--model=resnet20"], "--output"),
+    (IMPORT, ["{}/named.safetensors", "--model=resnet20", "--output={}/o", "--rename=fc"], "--rename=fc: give OLD:NEW"),
+    (IMPORT, ["{}/named.safetensors", "--model=resnet20", "--output={}/o", "--rename=a:fc"], "no tensor has 'a'"),
+    (IMPORT, ["{}/named.safetensors", "--model=resnet20", "--output={}/o"], "has no vector fc.bias .*--rename=OLD:fc"),
     # (PREPARE, ["no_such_set", "--data-dir={}/data"], "unknown data set 'no_such_set'; valid: digits"),
     # (PREPARE, ["imagenet2012", "--data-dir={}/data"], "imagenet2012 needs --source"),
     # (PREPARE, ["cifar10", "--source={}/empty", "--data-dir={}/data"], "empty: no .* there"),

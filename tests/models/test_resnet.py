@@ -1,5 +1,6 @@
 """The nets: full resolution is the plain net, an instance changes what comes after its point and nothing else."""
 
+import dataclasses
 import functools
 
 import jax
@@ -250,6 +251,44 @@ def test_only_a_net_with_a_max_pool_has_the_stem_point(name):
 )
 def test_nets_have_the_published_number_of_blocks(name, blocks):
     assert architecture(name).num_blocks == blocks
+
+
+PUBLISHED_PARAMETERS = {
+    # He et al. 2016, table 6 (in millions 0.27, 0.46, 0.66, 0.85, 1.7, 19.4), counted by the authors' formula.
+    "resnet20": (10, 269_722),
+    "resnet32": (10, 464_154),
+    "resnet44": (10, 658_586),
+    "resnet56": (10, 853_018),
+    "resnet110": (10, 1_727_962),
+    "resnet1202": (10, 19_421_274),
+    "wrn28_10": (10, 36_479_194),  # Zagoruyko & Komodakis 2016.
+    # torchvision's.
+    "resnext101_32x8d": (1000, 88_791_336),
+    "resnext101_64x4d": (1000, 83_455_272),
+    "wide_resnet50_2": (1000, 68_883_240),
+    "wide_resnet101_2": (1000, 126_886_696),
+    "resnet50.a1_in1k": (1000, 25_557_032),
+    # As small nets were before they had their papers' shortcuts.
+    "resnet20_projection_norm": (10, 272_474),
+    "wrn28_10_projection_norm": (10, 36_479_194 + 2 * (160 + 320 + 640)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_nets_have_the_published_number_of_parameters(name):
+    classes, expected = PUBLISHED_PARAMETERS[name]
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    init = functools.partial(create_model(name, classes).init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+
+
+def test_any_net_can_have_any_shortcut():
+    for kind in ("projection_norm", "projection", "padded_identity"):
+        for name in ("resnet50", "resnet20", "wrn16_4"):
+            assert architecture(f"{name}_{kind}") == dataclasses.replace(architecture(name), shortcut=kind)
+    with pytest.raises(ValueError, match="model 'resnet20_identity': .*padded_identity"):
+        architecture("resnet20_identity")
 
 
 @pytest.mark.parametrize("channels, size", [(1, (37, 53)), (3, (32, 64)), (4, (33, 32))])

@@ -8,14 +8,19 @@ import commands
 import jax
 import numpy as np
 import pytest
+import tiny
 import torch_formulation as formulation
 from flax.traverse_util import flatten_dict
 
+from sdpoint_jax.config import to_dict
+from sdpoint_jax.experiment import Experiment
+from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.torch_import import import_torch_state_dict, read_state_dict, torch_tensors
-from sdpoint_jax.storage import checkpoint
+from sdpoint_jax.models.torch_import import import_torch_state_dict, read_state_dict, rename_tensors, torch_tensors
+from sdpoint_jax.storage import artefact, checkpoint
 
-NET = "resnet20"
+NET = "resnet20_projection_norm"
 CLASSES = 10
 
 
@@ -38,6 +43,10 @@ def test_every_net_of_the_release_has_the_releases_names_and_shapes(name):
 
 def test_torchvisions_resnext_is_the_releases():
     assert create_model("resnext50_32x4d", 10) == create_model("resnext50", 10)
+
+
+def test_timms_name_of_weights_is_that_of_the_net():
+    assert create_model("resnet50.a1_in1k", 10) == create_model("resnet50", 10)
 
 
 def test_every_variable_of_the_net_is_filled_with_float32(model, state_dict):
@@ -166,7 +175,7 @@ def test_a_safetensors_file_is_imported_as_a_checkpoint(tmp_path, capsys, model,
     assert record["imported_from"] == "net.safetensors" and not record["reset_head"]
 
 
-@pytest.mark.parametrize("ending", [".pth.tar", ".pth", ".pt"])
+@pytest.mark.parametrize("ending", [".pth.tar", ".pth", ".pt", ".th", ".bin"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_pickled_checkpoint_of_the_release_is_imported(tmp_path, model, state_dict, ending, zipped):
     torch = pytest.importorskip("torch")
@@ -219,7 +228,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path, how):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("net.onnx", b"", "unknown ending; valid are .pth.tar, .pth, .pt, .safetensors"),
+        ("net.onnx", b"", "unknown ending; valid are .pth.tar, .pth, .pt, .th, .bin, .safetensors"),
         ("net.safetensors", b"damaged" * 9, "no sound safetensors file"),
         ("net.pth", b"damaged", "damaged, or holds more than plain data"),
         ("net.pth", b"", "damaged, or holds more than plain data"),
@@ -265,6 +274,65 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch, library, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ImportError, match=f"pip install {library}"):
         read_state_dict(tmp_path / name)
+
+
+def test_names_are_renamed_by_their_parts_in_the_order_given(tmp_path, state_dict):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    others = {f"backbone.{name.replace('fc.', 'linear.')}": array for name, array in state_dict.items()}
+    safetensors.save_file(others, tmp_path / "net.safetensors")
+    renames = ["--rename=linear:head.fc", "--rename=backbone:", "--rename=head.fc:fc"]
+    commands.run(
+        "import", tmp_path / "net.safetensors", f"--model={NET}", *renames, f"--output={tmp_path / 'imported'}"
+    )
+    variables, record = checkpoint.load(tmp_path / "imported")
+    _assert_equal(variables, import_torch_state_dict(state_dict, create_model(NET, CLASSES)))
+    assert record["format"] == 2  # So that the name of the net is known to be of this version.
+
+
+@pytest.mark.parametrize(
+    "rename, message",
+    [
+        ("linear:fc", "--rename=linear:fc: no tensor has 'linear' in its name; there are conv1.weight, .*, ..."),
+        ("con:conv", "--rename=con:conv: no tensor has 'con'"),
+        ("fc", "--rename=fc: give OLD:NEW, as linear:fc"),
+        (":fc", "--rename=:fc: give OLD:NEW, as linear:fc"),
+        ("layer1:layer2", "--rename=layer1:layer2: gives two tensors the same name"),
+    ],
+)
+def test_a_rename_that_does_not_fit_is_named(state_dict, rename, message):
+    with pytest.raises(ValueError, match=message):
+        rename_tensors(state_dict, [rename])
+
+
+def test_a_net_without_shortcut_parameters_takes_the_names_of_the_rest():
+    tensors = torch_tensors(create_model("resnet20", 10))
+    assert not any("downsample" in name for name in tensors) and len(tensors) == 19 + 19 * 4 + 2
+
+
+@pytest.mark.parametrize("statistics", ["imported", "reestimated"])
+def test_imported_weights_can_be_evaluated_with_their_own_statistics(tmp_path, statistics):
+    model = tiny.net()
+    variables = tiny.variables(model)
+    own = jax.tree.map(lambda x: x + np.float32(0.25), variables["batch_stats"])
+    checkpoint.save(tmp_path, {"params": variables["params"], "batch_stats": own}, {"config": to_dict(tiny.config())})
+    flags = [f"--workdir={tmp_path}", f"--statistics={statistics}"]
+    commands.run("evaluate", *flags, *(["--instances=full"] if statistics == "reestimated" else []))
+    swept = artefact.load(tmp_path / "sweep" / "artefact")
+    (row,) = swept.rows
+    assert row.instance == FULL_RESOLUTION
+    if statistics == "reestimated":
+        assert row.reestimated_from == "augmented training images" and row.reestimate_images > 0
+        return
+    assert row.reestimated_from == "imported with the parameters" and row.reestimate_images == 0
+    _assert_equal(swept.batch_stats[FULL_RESOLUTION], own)
+    experiment = Experiment(tiny.config())
+    losses = []
+    with experiment.evaluation_batches("test") as batches:
+        for batch in batches:
+            x = experiment.preprocess(batch["images"])
+            logits = model.apply({"params": variables["params"], "batch_stats": own}, x, train=False)
+            losses.append(np.asarray(cross_entropy(logits, batch["labels"]))[batch["mask"] > 0])
+    np.testing.assert_allclose(row.loss, np.concatenate(losses).mean(), rtol=1e-4)
 
 
 def _assert_equal(actual, expected):

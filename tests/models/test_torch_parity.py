@@ -59,16 +59,20 @@ def test_every_other_net_of_the_release_computes_what_pytorch_does(name):
 
 def _block_nets():
     """A net for every kind of block, with an ImageNet stem: [model, names and shapes of its tensors]."""
-    for bottleneck in (False, True):
-        for preactivation in (False, True):
-            groups = 4 if bottleneck and not preactivation else 1
-            features = 256 if bottleneck else 16
-            net = Architecture((2, 1), 16, features, bottleneck, preactivation, stem=16, groups=groups)
-            shapes = formulation.tensor_shapes(
-                (2, 1), 5, bottleneck=bottleneck, preactivation=preactivation, groups=groups, inner=16, stem=16, out=16
-            )
-            kind = f"{'pre' if preactivation else 'post'}-activation, {'bottleneck' if bottleneck else 'basic'}"
-            yield pytest.param(ResNet(net, 5), shapes, id=kind)
+    kinds = [
+        (bottleneck, preactivation, "projection_norm")
+        for bottleneck in (False, True)
+        for preactivation in (False, True)
+    ]
+    kinds += [(False, False, "padded_identity"), (True, True, "projection")]
+    for bottleneck, preactivation, shortcut in kinds:
+        groups = 4 if bottleneck and not preactivation else 1
+        features = 256 if bottleneck else 16
+        net = Architecture((2, 1), 16, features, bottleneck, preactivation, 16, groups=groups, shortcut=shortcut)
+        settings = dict(bottleneck=bottleneck, preactivation=preactivation, groups=groups, shortcut=shortcut)
+        shapes = formulation.tensor_shapes((2, 1), 5, inner=16, stem=16, out=16, **settings)
+        kind = f"{'pre' if preactivation else 'post'}-activation, {'bottleneck' if bottleneck else 'basic'}, {shortcut}"
+        yield pytest.param(ResNet(net, 5), shapes, id=kind)
 
 
 @pytest.mark.parametrize("instance", ["stem_r0.75", "p02_r0.50"])

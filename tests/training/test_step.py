@@ -105,9 +105,6 @@ def plain_forward(params, images):
         y = norm_relu(x, block["norm1"])
         if "shortcut_conv" in block:
             x = conv(y, block["shortcut_conv"]["kernel"], stride)
-            norm = block["shortcut_norm"]
-            x = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-5)
-            x = x * norm["scale"][None, None, None] + norm["bias"][None, None, None]
         y = norm_relu(conv(y, block["conv1"]["kernel"], stride), block["norm2"])
         x = x + conv(y, block["conv2"]["kernel"])
     x = norm_relu(x, params["head"]["norm"]).mean((1, 2))

@@ -14,7 +14,7 @@ import sys
 import torch
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1]))
 formulation = importlib.import_module("torch_formulation")
 
 SIZES = {
@@ -22,7 +22,9 @@ SIZES = {
     "preresnet50": (224, 224),
     "resnext50": (224, 224),
     "resnet20": (32, 28),
+    "resnet20_projection_norm": (32, 28),
     "preresnet20": (32, 28),
+    "preresnet20_projection_norm": (32, 28),
 }
 
 
