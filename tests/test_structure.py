@@ -24,11 +24,13 @@ IMPORTS = {
     "evaluation": {"config", "experiment", "instance", "profiling", "programs", "progress", "storage"},
     "training": {"config", "experiment", "instance", "models", "programs", "progress", "storage"},
     "serving": {"data", "instance", "models", "programs", "storage"},
+    "export": {"instance", "models", "programs", "storage"},
     "cli": {
         "config",
         "data",
         "evaluation",
         "experiment",
+        "export",
         "instance",
         "models",
         "profiling",
@@ -89,7 +91,7 @@ def test_pmap_is_in_one_file():
     assert [path.relative_to(PACKAGE).as_posix() for path in users] == ["programs/devices.py"]
 
 
-@pytest.mark.parametrize("room", ["serving", "profiling"])
+@pytest.mark.parametrize("room", ["serving", "export", "profiling"])
 def test_what_serves_needs_no_optimizer(room):
     assert not any(name.startswith("optax") for path in files_of(room) for name in imports_of(path))
 

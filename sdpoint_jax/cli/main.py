@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("train", "train one net for all its SDPoint instances"),
     "evaluate": ("evaluate", "sweep the instances of a trained net: accuracy, cost, artefact"),
     "select": ("select", "pick the instance for a budget"),
+    "export": ("export", "export instances to run without this package: StableHLO, ONNX, safetensors"),
     "cost": ("cost", "count what the instances of a net cost, before training"),
     "import": ("import_weights", "import PyTorch weights"),
     "prepare": ("prepare", "prepare a data set, once"),

@@ -12,14 +12,17 @@ from sdpoint_jax.models.architecture import Architecture, BlockSpec, ShortcutSpe
 from sdpoint_jax.models.convolution import convolution
 
 DEVICE_AXIS = "devices"  # Over which programs map devices, and BatchNorm can normalise.
+NORM_EPSILON = 1e-5  # What BatchNorm adds to a variance.
 Layer = Callable[..., nn.Module]  # Makes a convolution or a normalisation; see `layers`.
 
 
 @functools.cache
-def layers(dtype: Any, axis_name: str | None, norm_momentum: float) -> tuple[Layer, Layer]:
+def layers(dtype: Any, axis_name: str | None, norm_momentum: float, portable: bool = False) -> tuple[Layer, Layer]:
     """Returns what makes the convolutions and the normalisations of a net; the same objects for the same arguments."""
-    norm = functools.partial(nn.BatchNorm, momentum=norm_momentum, epsilon=1e-5, dtype=dtype, axis_name=axis_name)
-    return functools.partial(convolution, dtype=dtype), norm
+    norm = functools.partial(
+        nn.BatchNorm, momentum=norm_momentum, epsilon=NORM_EPSILON, dtype=dtype, axis_name=axis_name
+    )
+    return functools.partial(convolution, dtype=dtype, portable=portable), norm
 
 
 class PostActivationBlock(nn.Module):

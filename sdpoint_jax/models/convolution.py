@@ -19,14 +19,40 @@ def _pointwise_as_dot(x, kernel, strides, padding, **kwargs):
 
     Of two matrices: contracting several axes at once, as the kernel's gradient then would, transposes its operands.
     """
-    if kernel.shape[:2] != (1, 1) or kwargs["feature_group_count"] != 1:
+    if not _is_pointwise(kernel, **kwargs):
         return lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
     x = x[:, :: strides[0], :: strides[1]]
     product = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel[0, 0], precision=kwargs["precision"])
     return product.reshape(*x.shape[:-1], -1)
 
 
-def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **kwargs) -> nn.Conv:
+def _pointwise_per_platform(x, kernel, strides, padding, **kwargs):
+    """A 1x1 convolution as a matrix product on a CPU only, decided when the program is lowered for a platform."""
+
+    def as_dot(x, kernel):
+        return _pointwise_as_dot(x, kernel, strides, padding, **kwargs)
+
+    def as_convolution(x, kernel):
+        return lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+
+    if not _is_pointwise(kernel, **kwargs):
+        return as_convolution(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=as_dot, default=as_convolution)
+
+
+def _is_pointwise(kernel, *, feature_group_count, **_):
+    return kernel.shape[:2] == (1, 1) and feature_group_count == 1
+
+
+def _formulation(portable):
+    if portable:
+        return _pointwise_per_platform
+    return _pointwise_as_dot if jax.default_backend() == "cpu" else None
+
+
+def convolution(
+    features: int, kernel: int, stride: int = 1, groups: int = 1, portable: bool = False, **kwargs
+) -> nn.Conv:
     """A square convolution without bias, zero-padded by kernel // 2 on every side as in PyTorch.
 
     Args:
@@ -34,6 +60,7 @@ def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **
         kernel: side of the kernel, odd.
         stride: in both directions.
         groups: of the channels, as in ResNeXt.
+        portable: choose the formulation for each platform that a program is lowered for, not for the backend at hand.
         **kwargs: of `nn.Conv`.
     """
     return nn.Conv(
@@ -44,6 +71,6 @@ def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **
         feature_group_count=groups,
         use_bias=False,
         kernel_init=he_fan_out_normal,
-        conv_general_dilated=_pointwise_as_dot if jax.default_backend() == "cpu" else None,
+        conv_general_dilated=_formulation(portable),
         **kwargs,
     )

@@ -75,16 +75,26 @@ def _by_periods(x, axis, out, pool):
 
 
 def _average_by_matrix(x, axis, out):
-    matrix = np.zeros((out, x.shape[axis]), np.float32)
-    for row, (start, stop) in zip(matrix, _windows(x.shape[axis], out)):
-        row[start:stop] = 1 / (stop - start)
+    matrix = averaging_matrix(x.shape[axis], out)
     # Highest precision, as an average of bfloat16 or TF32 products would not be exact.
     pooled = jnp.tensordot(x, matrix, axes=(axis, 1), precision=lax.Precision.HIGHEST)
     return jnp.moveaxis(pooled, -1, axis).astype(x.dtype)
 
 
 def _max_by_gather(x, axis, out):
-    windows = _windows(x.shape[axis], out)
+    return jnp.stack([jnp.take(x, cells, axis) for cells in window_cells(x.shape[axis], out)]).max(axis=0)
+
+
+def averaging_matrix(size: int, out: int) -> np.ndarray:
+    """Builds the matrix [out, size], float32, whose product with `size` cells is their averages over the windows."""
+    matrix = np.zeros((out, size), np.float32)
+    for row, (start, stop) in zip(matrix, _windows(size, out)):
+        row[start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def window_cells(size: int, out: int) -> np.ndarray:
+    """Lists the cells of the windows, [widest, out]: the first one of each, the second, ...; the last is repeated."""
+    windows = _windows(size, out)
     widest = max(stop - start for start, stop in windows)
-    taken = [jnp.take(x, np.array([min(start + i, stop - 1) for start, stop in windows]), axis) for i in range(widest)]
-    return jnp.stack(taken).max(axis=0)
+    return np.array([[min(start + i, stop - 1) for start, stop in windows] for i in range(widest)])

@@ -32,6 +32,8 @@ class ResNet(nn.Module):
         axis_name: devices over which training normalises; None for each device by itself.
         norm_momentum: how much of the running statistics a training forward keeps.
         remat: recompute the activations inside blocks in the backward pass instead of keeping them.
+        portable: choose how to compute convolutions for each platform that a program is lowered for, as an export needs
+            it, not for the backend at hand.
     """
 
     architecture: Architecture
@@ -40,9 +42,10 @@ class ResNet(nn.Module):
     axis_name: str | None = None
     norm_momentum: float = 0.9
     remat: bool = False
+    portable: bool = False
 
     def setup(self):
-        conv, norm = blocks.layers(self.dtype, self.axis_name, self.norm_momentum)
+        conv, norm = blocks.layers(self.dtype, self.axis_name, self.norm_momentum, self.portable)
         block = blocks.PreActivationBlock if self.architecture.preactivation else blocks.PostActivationBlock
         self.stem = blocks.Stem(self.architecture, conv, norm)
         self.block = {f"{k:02d}": block(spec, conv, norm) for k, spec in enumerate(self.architecture.blocks(), 1)}

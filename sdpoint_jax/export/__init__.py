@@ -1,0 +1,1 @@
+"""Exports: SDPoint instances as files that run without this package."""
