@@ -123,17 +123,28 @@ def select(
     """
     if prefer not in PREFERENCES:
         raise ValueError(f"prefer {prefer!r}: valid are {', '.join(PREFERENCES)}")
-    setting, candidates = _candidates(rows, budget.dimensions, budget.batch_size, device, runtime, dtype)
-    front = _front(candidates)
-    affordable = [candidate for candidate in front if not _exceeded(candidate, budget)]
-    if not affordable:
-        raise ValueError(_explain_impossible(front, budget, setting))
+    affordable = _front(_affordable(rows, budget, device, runtime, dtype))
     best = max(affordable, key=lambda candidate: candidate.row.top1).row
     if prefer == "most accurate" and (budget.limits_a_cost or budget.min_top1 is None):
         affordable = [candidate for candidate in affordable if candidate.row.top1 == best.top1]
     elif prefer == "cheapest within one standard error":
         affordable = [candidate for candidate in affordable if _is_tie(candidate.row, best)]
     return min(affordable, key=lambda candidate: candidate.expense).row
+
+
+def list_affordable(
+    rows: Sequence[InstanceRow],
+    budget: Budget,
+    *,
+    device: str | None = None,
+    runtime: str | None = None,
+    dtype: str | None = None,
+) -> list[InstanceRow]:
+    """Lists all rows within a budget, dominated ones as well, in the order of `rows`.
+
+    Args and errors are those of `select`.
+    """
+    return [candidate.row for candidate in _affordable(rows, budget, device, runtime, dtype)]
 
 
 def pareto_front(
@@ -172,18 +183,16 @@ def pareto_front(
 
 def find_setting(
     rows: Sequence[InstanceRow],
-    batch_size: int,
     *,
     device: str | None = None,
     runtime: str | None = None,
     dtype: str | None = None,
-) -> tuple[str, str, str, int]:
-    """Finds the one setting of measurements that the arguments name; see `Latency.setting`.
+) -> tuple[str, str, str]:
+    """Finds the one device, runtime and dtype of measurements that the arguments name.
 
     Args:
         rows: the table of a sweep.
-        batch_size: at which any of the rows must have been measured.
-        device: on which; None for the only one there is.
+        device: on which any of the rows was measured; None for the only one there is.
         runtime: likewise, of those on that device.
         dtype: likewise, of those with that runtime.
 
@@ -195,12 +204,12 @@ def find_setting(
         raise ValueError("latency and memory: not measured for any instance of this table; profile it first")
     for field, value in (("device", device), ("runtime", runtime), ("dtype", dtype)):
         measured = _narrow(measured, field, value)
-    sizes = sorted({latency.batch_size for latency in measured})
-    where = measured[0].setting[:3]
-    if batch_size not in sizes:
-        listed = ", ".join(map(str, sizes))
-        raise ValueError(f"batch_size {batch_size}: measured are {listed} on {_describe(where)}")
-    return *where, batch_size
+    return measured[0].setting[:3]
+
+
+def list_batch_sizes(rows: Sequence[InstanceRow], setting: tuple[str, str, str]) -> list[int]:
+    """Lists the batch sizes at which any of the rows was measured in a setting; see `find_setting`."""
+    return sorted({m.batch_size for row in rows for m in row.latencies if m.setting[:3] == setting})
 
 
 def _narrow(measured: list[Latency], field: str, value: str | None) -> list[Latency]:
@@ -219,7 +228,11 @@ def _candidates(rows, dimensions, batch_size, device, runtime, dtype) -> tuple[A
         raise ValueError("rows: the table is empty")
     setting = None
     if dimensions != ("macs",):
-        setting = find_setting(rows, batch_size, device=device, runtime=runtime, dtype=dtype)
+        where = find_setting(rows, device=device, runtime=runtime, dtype=dtype)
+        if batch_size not in (sizes := list_batch_sizes(rows, where)):
+            listed = ", ".join(map(str, sizes))
+            raise ValueError(f"batch_size {batch_size}: measured are {listed} on {_describe(where)}")
+        setting = *where, batch_size
     found = []
     for order, row in enumerate(rows):
         measured = next((latency for latency in row.latencies if latency.setting == setting), None)
@@ -229,6 +242,14 @@ def _candidates(rows, dimensions, batch_size, device, runtime, dtype) -> tuple[A
     if not found:
         raise ValueError(f"max_memory_mb: the memory of no instance is known at batch size {_describe_at(setting)}")
     return setting, found
+
+
+def _affordable(rows, budget, device, runtime, dtype) -> list[_Candidate]:
+    setting, candidates = _candidates(rows, budget.dimensions, budget.batch_size, device, runtime, dtype)
+    affordable = [candidate for candidate in candidates if not _exceeded(candidate, budget)]
+    if not affordable:
+        raise ValueError(_explain_impossible(_front(candidates), budget, setting))
+    return affordable
 
 
 def _cost(row: InstanceRow, measured: Latency | None, dimension: str) -> float | None:
