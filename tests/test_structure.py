@@ -35,6 +35,7 @@ IMPORTS = {
         "models",
         "profiling",
         "programs",
+        "progress",
         "serving",
         "storage",
         "training",

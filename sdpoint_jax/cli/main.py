@@ -22,6 +22,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "sweep the instances of a trained net: accuracy, cost, artefact"),
     "select": ("select", "pick the instance for a budget"),
     "export": ("export", "export instances to run without this package: StableHLO, ONNX, safetensors"),
+    "predict": ("predict", "classify a folder of images within a budget"),
+    "serve": ("serve", "answer requests over HTTP, within an objective"),
     "cost": ("cost", "count what the instances of a net cost, before training"),
     "import": ("import_weights", "import PyTorch weights"),
     "prepare": ("prepare", "prepare a data set, once"),

@@ -241,7 +241,7 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 from sdpoint_jax import Predictor
 from sdpoint_jax.programs.devices import compiler_options
-predictor = Predictor.load(sys.argv[1])
+predictor = Predictor.load(sys.argv[1], devices=jax.local_devices())
 compiler_options()  # Asks XLA which options it knows.
 before = len(lowered)
 predictor.compile(["full", "p01_r0.50"], [1, 4])
@@ -250,8 +250,10 @@ print(json.dumps([len(lowered) - before, float(logits.sum())]))
 """
 
 
-def test_a_second_start_compiles_nothing(swept, tmp_path):
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_second_start_compiles_nothing(swept, tmp_path, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SECOND_START, str(swept.folder / "artefact")]
     runs = [
         json.loads(
