@@ -6,21 +6,24 @@ from typing import Any
 
 from sdpoint_jax.instance import SDPointInstance
 
+Setting = tuple[str, str, str, int]  # Device, runtime, dtype, batch size.
+
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
     """How fast one instance runs on one device, at one batch size.
 
     Attributes:
-        device: the kind of device, as JAX names it, and its number of threads where it is a CPU.
+        device: its platform and kind, and its number of threads where it is a CPU, as
+            `cpu: AMD EPYC 7763, 2 threads`.
         runtime: what runs the program: `xla` or `onnxruntime`.
         dtype: of the computation: `float32` or `bfloat16`.
         batch_size: images of one call.
-        p50_ms: median time of one call, in milliseconds.
+        p50_ms: median time of one call, from uint8 images to logits, both in the host's memory, in milliseconds.
         p95_ms: time that 95 of 100 calls do not exceed, in milliseconds.
         repeats: measured calls.
         peak_memory_bytes: planned for the compiled program, its arguments included; None where it is not known.
-        compile_seconds: time to compile the program.
+        compile_seconds: time to compile the program; None where a cache had it.
         versions: of the libraries, by name.
     """
 
@@ -32,7 +35,7 @@ class Latency:
     p95_ms: float
     repeats: int
     peak_memory_bytes: int | None
-    compile_seconds: float
+    compile_seconds: float | None
     versions: Mapping[str, str]
 
     @property
@@ -41,7 +44,7 @@ class Latency:
         return 1000 * self.batch_size / self.p50_ms
 
     @property
-    def setting(self) -> tuple[str, str, str, int]:
+    def setting(self) -> Setting:
         """What is measured once: a later measurement of the same replaces this one."""
         return self.device, self.runtime, self.dtype, self.batch_size
 
@@ -84,8 +87,19 @@ class InstanceRow:
         """Of `top1`, as the share of `n` independent images."""
         return (self.top1 * (1 - self.top1) / self.n) ** 0.5
 
+    def latency(self, setting: Setting) -> Latency | None:
+        """Returns what was measured in `setting`; None where nothing was."""
+        return next((latency for latency in self.latencies if latency.setting == setting), None)
+
     def with_latency(self, latency: Latency) -> "InstanceRow":
-        """Adds a measurement, in place of an earlier one of the same setting."""
+        """Adds a measurement, in place of an earlier one of the same setting.
+
+        Compiling is measured when a program is compiled for the first time: later, a cache has it, and the seconds of
+        the earlier measurement stay, unless the versions of the libraries are others.
+        """
+        earlier = self.latency(latency.setting)
+        if earlier and latency.compile_seconds is None and latency.versions == earlier.versions:
+            latency = dataclasses.replace(latency, compile_seconds=earlier.compile_seconds)
         kept = [other for other in self.latencies if other.setting != latency.setting]
         return dataclasses.replace(self, latencies=(*kept, latency))
 
