@@ -19,7 +19,7 @@ IMPORTS = {
     "storage": {"config", "instance"},
     "models": {"instance"},
     "programs": {"instance", "models", "storage"},
-    "profiling": {"instance", "models"},
+    "profiling": {"instance", "models", "progress", "storage"},
     "experiment": {"config", "data", "instance", "models"},
     "evaluation": {"config", "experiment", "instance", "profiling", "programs", "progress", "storage"},
     "training": {"config", "experiment", "instance", "models", "programs", "progress", "storage"},
