@@ -31,6 +31,7 @@ from sdpoint_jax.storage.artefact import Artefact, InstanceRow, SweepSettings
 from sdpoint_jax.storage.lock import FolderLock
 
 PyTree = Any
+LATENCY_PLOT = "latency.png"
 _PARTIAL = "partial"
 _GROUP = 24  # Instances of one pass over the data, after which an interrupted sweep need not repeat them.
 
@@ -72,7 +73,8 @@ def sweep(
     output = pathlib.Path(output)
     with FolderLock(output, "output folder") if is_main_host() else contextlib.nullcontext():
         groups = [instances[start : start + _GROUP] for start in range(0, len(instances), _GROUP)]
-        statistics, metrics = {}, {}
+        statistics: dict[SDPointInstance, PyTree] = {}
+        metrics: dict[SDPointInstance, Metrics] = {}
         for group in groups:
             found_statistics, found_metrics = _group_results(experiment, params, group, output, split, imported)
             statistics |= found_statistics
@@ -87,14 +89,27 @@ def sweep(
     return rows
 
 
-def write_results(swept: Artefact, output: pathlib.Path, baseline: InstanceRow | None = None) -> None:
-    """Writes sweep.csv, sweep.json, sweep.png and the artefact itself into the folder `output`."""
+def write_results(
+    swept: Artefact, output: pathlib.Path, baseline: InstanceRow | None = None, device: str | None = None
+) -> None:
+    """Writes sweep.csv, sweep.json, sweep.png, latency.png and the artefact itself into the folder `output`.
+
+    Args:
+        swept: the artefact.
+        output: the folder.
+        baseline: row of the same net trained without SDPoint.
+        device: whose latencies to draw, which at least one row has; None for no latency.png: an old one is removed.
+    """
     settings, rows = swept.settings, swept.rows
     table.write_json(output / table.TABLE, settings, rows, baseline)
     table.write_csv(output / "sweep.csv", rows)
     what = f"{settings.model} on {pathlib.PurePath(settings.dataset).name}, {settings.split}"
     title = f"{what}: n = {rows[0].n}, bars of one standard error"
     plot.plot_macs(rows, output / "sweep.png", title=title, baseline=baseline)
+    if device is None:
+        (output / LATENCY_PLOT).unlink(missing_ok=True)
+    else:
+        plot.plot_latency(rows, output / LATENCY_PLOT, title=title, device=device)
     artefact.save(swept, output / artefact.ARTEFACT)
 
 

@@ -10,7 +10,8 @@ import tiny
 from sdpoint_jax.evaluation import plot, sweep, table
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.storage.artefact import InstanceRow
+from sdpoint_jax.storage import artefact
+from sdpoint_jax.storage.artefact import InstanceRow, Latency
 from sdpoint_jax.storage.lock import FolderLock
 
 
@@ -36,7 +37,7 @@ def test_every_instance_has_a_row(experiment, swept):
 
 def test_the_files_hold_the_table(swept):
     output, rows = swept.folder, swept.rows
-    assert json.loads((output / "sweep.json").read_text())["instances"] == [row.to_record() for row in rows]
+    assert table.read_table(output / "sweep.json") == (rows, None)
     with (output / "sweep.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [(row["instance"], int(row["macs"]), float(row["top1"])) for row in lines] == [
@@ -139,3 +140,100 @@ def test_a_table_is_read_as_it_was_written():
     assert [InstanceRow.from_record(json.loads(json.dumps(row.to_record()))) for row in ROWS] == ROWS
     with pytest.raises(ValueError, match="not a row of a sweep's table: .*macs"):
         InstanceRow.from_record({"instance": "full"})
+
+
+def with_latencies(row, *medians, device="gpu: a"):
+    """The row, with these medians at batch sizes 1, 2, 4, ..."""
+    for power, p50_ms in enumerate(medians):
+        measured = Latency(device, "xla", "float32", 2**power, p50_ms, 2 * p50_ms, 9, 10**6, None, {"jax": "1"})
+        row = row.with_latency(measured)
+    return row
+
+
+TIMED = [
+    with_latencies(ROWS[0], 10.0, 16.0),
+    with_latencies(ROWS[1], 8.0, 6.0),  # Saves 70 % of the MACs, and 20 % of the time of one image.
+    ROWS[2],
+    with_latencies(ROWS[3], 11.0, 10.0),
+]
+SETTING = ("gpu: a", "xla", "float32", 1)
+
+
+def test_what_is_cheap_on_paper_only_is_told():
+    savings = {instance.name: saving for instance, saving in table.list_savings(TIMED, SETTING).items()}
+    assert {name: round(saving.macs, 3) for name, saving in savings.items()} == {
+        "full": 0,
+        "p01_r0.50": 0.7,
+        "p01_r0.75": 0.4,
+        "p02_r0.50": 0.4,
+    }
+    assert [saving.time and round(saving.time, 3) for saving in savings.values()] == [0, 0.2, None, -0.1]
+    assert [saving.is_on_paper_only for saving in savings.values()] == [False, True, False, True]
+    assert not table.Saving(macs=0.7, time=0.35).is_on_paper_only
+    assert not table.Saving(macs=0.01, time=0).is_on_paper_only  # Too little to mark.
+
+
+def test_the_settings_of_a_device_are_listed_in_order():
+    rows = [with_latencies(row, 1.0, device="cpu: b") for row in TIMED[::-1]]
+    assert [(device, size) for device, *_, size in table.list_settings(rows)] == [
+        ("cpu: b", 1),
+        ("gpu: a", 1),
+        ("gpu: a", 2),
+    ]
+    assert [(device, size) for device, *_, size in table.list_settings(rows, "cpu: b")] == [("cpu: b", 1)]
+
+
+def test_savings_are_against_full_resolution_wherever_it_stands():
+    other = tiny.row("p03_r0.75", 100, 0.5)  # After the last convolution: it saves none.
+    saved = table.list_savings([with_latencies(other, 20.0), *TIMED[::-1]], SETTING)
+    assert saved[TIMED[1].instance].time == pytest.approx(0.2)
+    assert table.list_savings(TIMED[1:], SETTING)[TIMED[1].instance].macs == pytest.approx(0.5)
+    untimed = table.list_savings([ROWS[0], *TIMED[1:]], SETTING)
+    assert {saving.time for saving in untimed.values()} == {None}
+
+
+def test_the_table_shows_time_beside_macs():
+    lines = table.format_latencies(TIMED, "gpu: a").splitlines()
+    assert "gpu: a" in lines[0] and "batch 1" in lines[1] and "batch 2" in lines[1]
+    full, cheap, late = (line.split() for line in lines[2:5])
+    assert cheap == "p01_r0.50 70.00 % 70 % | 8.000 20 % *! | 6.000 62 % *".split()
+    assert full == "full 90.00 % 0 % | 10.00 0 % * | 16.00 0 %".split()
+    assert late == "p02_r0.50 92.00 % 40 % | 11.00 -10 % *! | 10.00 38 % *".split()
+    assert lines[-1].startswith("! cheap on paper only")
+
+
+def test_the_files_have_a_latency_of_each_device_side_by_side(tmp_path):
+    rows = [with_latencies(row, 1.0, device="cpu: b, 2 threads") for row in TIMED]
+    table.write_csv(tmp_path / "sweep.csv", rows)
+    with (tmp_path / "sweep.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    columns = ["p50_ms", "time_saved_percent", "on_paper_only", "images_per_second", "compile_seconds"]
+    where = "gpu: a | xla | float32 | batch 2"
+    assert [lines[1][f"{where} | {column}"] for column in columns] == ["6.0", "62.5", "False", "333.3", ""]
+    assert [lines[2][f"{where} | {column}"] for column in columns] == [""] * 5
+    assert lines[2]["cpu: b, 2 threads | xla | float32 | batch 1 | p50_ms"] == "1.0"
+    assert lines[1]["macs_saved_percent"] == "70.0"
+
+    settings = artefact.SweepSettings("net", "digits", "test", 1, "clean")
+    table.write_json(tmp_path / "sweep.json", settings, rows, rows[1])
+    written = json.loads((tmp_path / "sweep.json").read_text())["instances"][1]
+    assert written["macs_saved_percent"] == 70
+    assert [found["time_saved_percent"] for found in written["latencies"]] == [20, 62.5, 0]
+    assert [found["on_paper_only"] for found in written["latencies"]] == [True, False, True]
+    assert table.read_table(tmp_path / "sweep.json") == (tuple(rows), rows[1])
+
+
+def test_the_plot_shows_every_setting_of_the_device(tmp_path):
+    other = [with_latencies(row, 1.0, device="cpu: b") for row in TIMED]
+    for device in ("gpu: a", "cpu: b"):
+        plot.plot_latency(other, tmp_path / "latency.png", title="x", device=device)
+        assert (tmp_path / "latency.png").stat().st_size > 10_000
+
+
+def test_a_new_sweep_removes_the_plot_of_old_latencies(swept, tmp_path):
+    found = artefact.load(swept.folder / "artefact")
+    timed = found.with_rows([with_latencies(row, 1.0) for row in found.rows])
+    sweep.write_results(timed, tmp_path, device="gpu: a")
+    assert (tmp_path / "latency.png").is_file()
+    sweep.write_results(found, tmp_path)
+    assert not (tmp_path / "latency.png").exists()
