@@ -8,7 +8,7 @@ interrupted. Exit codes: 0 done, 2 error.
 import argparse
 import pathlib
 
-from sdpoint_jax.cli import config_flag, distributed
+from sdpoint_jax.cli import config_flag, distributed, profile
 from sdpoint_jax.cli.parser import comma_separated
 from sdpoint_jax.instance import FULL_RESOLUTION
 
@@ -45,13 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="workdir of the same net trained without SDPoint, and swept: for the plot",
     )
+    profile.add_profile_flag(parser)
     distributed.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Sweeps, writes the results and prints the table."""
+    batch_sizes = () if args.profile is None else profile.parse_batch_sizes(args.profile, "profile")
     given = config_flag.load_config(args.config_arguments, default=None)
     distributed.start(args)
+    if batch_sizes:
+        profile.check_machine()
     from sdpoint_jax import config as configs  # Late: JAX takes seconds.
     from sdpoint_jax import experiment
     from sdpoint_jax.evaluation import sweep, table
@@ -81,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(table.format_table(rows))
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
+    if batch_sizes:
+        profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes)
 
 
 def _imported_statistics(args, arrays, experiment):

@@ -20,6 +20,7 @@ STOPPED = 75
 COMMANDS = {
     "train": ("train", "train one net for all its SDPoint instances"),
     "evaluate": ("evaluate", "sweep the instances of a trained net: accuracy, cost, artefact"),
+    "profile": ("profile", "time the instances of an artefact on the device at hand"),
     "select": ("select", "pick the instance for a budget"),
     "export": ("export", "export instances to run without this package: StableHLO, ONNX, safetensors"),
     "predict": ("predict", "classify a folder of images within a budget"),

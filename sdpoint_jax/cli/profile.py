@@ -1,0 +1,183 @@
+"""Times the instances of an artefact on the device at hand: python -m sdpoint_jax profile runs/digits/sweep/artefact
+
+Latency is the time of one call, from a batch of uint8 images in the host's memory to their logits there. For each
+instance and batch size, the program is compiled, then timed in turns with all others. Median and 95th percentile,
+memory, and seconds of compiling go into the artefact's table, beside those of other devices. Where the artefact lies in
+the folder of a sweep, sweep.csv and sweep.json are written again, and latency.png: accuracy against latency, and the
+time that an instance saves beside the MACs that it saves. The same command goes on with a profile that was interrupted.
+Exit codes: 0 done, 2 error.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sdpoint_jax.cli.parser import comma_separated
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+
+if TYPE_CHECKING:
+    from sdpoint_jax.profiling.latency import Effort, Runtime
+    from sdpoint_jax.storage.artefact import Artefact, InstanceRow, Latency
+
+_BATCH_SIZES = "1,8,32"
+_LIBRARIES = ("jax", "jaxlib", "numpy", "sdpoint_jax")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
+    parser.add_argument("--batch-sizes", default=_BATCH_SIZES, help=f"images of one call; {_BATCH_SIZES} by default")
+    parser.add_argument(
+        "--instances",
+        default="all",
+        help="all; pareto: those that no other one beats in MACs and accuracy; or names, as p03_r0.50,p05_r0.75. "
+        "Full resolution is measured in any case, to compare with",
+    )
+    parser.add_argument("--repeats", type=int, default=100, help="timed calls of each program; 100 by default")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="for slow programs: timed seconds after which fewer calls will do"
+    )
+
+
+def add_profile_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag by which another command ends with a profile."""
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const=_BATCH_SIZES,
+        metavar="BATCH SIZES",
+        help=f"then time all instances on this device, at these batch sizes; {_BATCH_SIZES} by default",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Times what the flags ask for, writes the results and prints the table."""
+    batch_sizes = parse_batch_sizes(args.batch_sizes, "batch-sizes")
+    check_machine()
+    from sdpoint_jax.profiling.latency import Effort  # Late: JAX takes seconds.
+
+    effort = Effort(repeats=args.repeats, seconds=args.seconds)
+    profile_artefact(args.artefact, batch_sizes, args.instances, effort)
+
+
+def parse_batch_sizes(text: str, flag: str) -> tuple[int, ...]:
+    """Splits the value of a flag into batch sizes, ascending.
+
+    Raises:
+        ValueError: there is none, or one that is no whole number from 1 on; names the flag.
+    """
+    sizes = comma_separated(text, int, flag)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--{flag}={text}: give batch sizes from 1 on, with commas between them")
+    return tuple(sorted(set(sizes)))
+
+
+def check_machine() -> None:
+    """Warns if the machine is busy; call it before anything heavy.
+
+    Raises:
+        ValueError: this process is one of several, which would wait for it.
+    """
+    import jax
+
+    from sdpoint_jax.profiling.latency import warn_of_load
+
+    warn_of_load()
+    if jax.process_count() > 1:
+        raise ValueError("--profile: times one host; afterwards, run: python -m sdpoint_jax profile ARTEFACT")
+
+
+def profile_artefact(
+    path: str | os.PathLike, batch_sizes: Sequence[int], instances: str = "all", effort: "Effort | None" = None
+) -> None:
+    """Times instances of an artefact, writes the latencies into its table and its sweep's files, and prints them.
+
+    Args:
+        path: of the artefact.
+        batch_sizes: images of one call, each at least 1.
+        instances: `all`, `pareto`, or names with commas between them.
+        effort: how long to measure.
+
+    Raises:
+        CheckpointError: there is no sound artefact at `path`.
+        ValueError: an instance that was not swept, or another process writes to the folder of the artefact.
+        OSError: something could not be written; names the path.
+    """
+    from sdpoint_jax.evaluation import sweep, table
+    from sdpoint_jax.profiling import latency
+    from sdpoint_jax.storage import artefact
+    from sdpoint_jax.storage.lock import FolderLock
+
+    path = pathlib.Path(path)
+    swept = artefact.load(path)
+    chosen = _find_instances(swept, instances)
+    files = path.with_name(table.TABLE)
+    in_sweep = path.name == artefact.ARTEFACT and files.is_file()
+    unfinished = path.with_name(f"{path.name}.profiling.json")
+    with FolderLock(path.parent, "folder"):
+        _, baseline = table.read_table(files) if in_sweep else (None, None)
+        runtime = _xla(swept)
+        found = latency.profile(
+            runtime, chosen, batch_sizes, effort or latency.Effort(), unfinished=unfinished, of=_checksum(swept)
+        )
+        profiled = swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
+        if in_sweep:
+            sweep.write_results(profiled, path.parent, baseline, runtime.device)
+        else:
+            artefact.save(profiled, path)
+        unfinished.unlink(missing_ok=True)
+    print(table.format_latencies(profiled.rows, runtime.device))
+    beside = ", and sweep.csv, sweep.json, latency.png beside it" if in_sweep else ""
+    print(f"written: the table of {path}{beside}")
+
+
+def _find_instances(swept: "Artefact", names: str) -> list[SDPointInstance]:
+    """Finds the instances that are meant, in the order of the table, and full resolution to compare them with."""
+    from sdpoint_jax.evaluation.table import pareto_front
+
+    if names == "all":
+        wanted = {row.instance for row in swept.rows}
+    elif names == "pareto":
+        wanted = {row.instance for row in pareto_front(swept.rows)}
+    else:
+        wanted = {swept.row(SDPointInstance.from_name(name.strip())).instance for name in names.split(",")}
+    return [row.instance for row in swept.rows if row.instance in wanted or row.instance == FULL_RESOLUTION]
+
+
+def _checksum(swept: "Artefact") -> list:
+    """Tells the net of an artefact from others; its table does not count."""
+    from sdpoint_jax.storage.checkpoint import checksum_tree
+
+    statistics = {instance.name: tree for instance, tree in swept.batch_stats.items()}
+    return [swept.model, checksum_tree({"params": swept.params, "batch_stats": statistics})]
+
+
+def _xla(swept: "Artefact") -> "Runtime":
+    """Makes a runtime of a predictor on one device; its `predict` is what is timed."""
+    import jax
+
+    from sdpoint_jax.profiling import latency
+    from sdpoint_jax.profiling.memory import planned_memory
+    from sdpoint_jax.programs.devices import compiler_options
+    from sdpoint_jax.serving.predictor import Predictor
+
+    predictor = Predictor(swept, devices=jax.local_devices()[:1])
+    compiler_options()  # Compiles, to ask XLA which options it knows: no part of any program's time.
+
+    def prepare(instance, batch_size):
+        compile_it = functools.partial(predictor.compile, [instance], [batch_size], workers=1)
+        seconds = latency.time_compilation(compile_it)
+        memory = planned_memory(predictor.programs[instance, batch_size])
+        return latency.Program(functools.partial(predictor.predict, instance=instance), memory, seconds)
+
+    device, versions = latency.describe_device(predictor.programs.device), latency.list_versions(_LIBRARIES)
+    return latency.Runtime("xla", device, swept.dtype, swept.image_shape, versions, prepare)
+
+
+def _with_latencies(row: "InstanceRow", latencies: "Sequence[Latency]") -> "InstanceRow":
+    for latency in latencies:
+        row = row.with_latency(latency)
+    return row
