@@ -73,17 +73,17 @@ def sweep(
     output = pathlib.Path(output)
     with FolderLock(output, "output folder") if is_main_host() else contextlib.nullcontext():
         groups = [instances[start : start + _GROUP] for start in range(0, len(instances), _GROUP)]
-        statistics: dict[SDPointInstance, PyTree] = {}
+        found_statistics: dict[SDPointInstance, PyTree] = {}
         metrics: dict[SDPointInstance, Metrics] = {}
         for group in groups:
-            found_statistics, found_metrics = _group_results(experiment, params, group, output, split, imported)
-            statistics |= found_statistics
-            metrics |= found_metrics
+            of_group, metrics_of_group = _group_results(experiment, params, group, output, split, imported)
+            found_statistics |= of_group
+            metrics |= metrics_of_group
         rows = tuple(_row(experiment, instance, metrics[instance], imported) for instance in instances)
         shared, separate = (sum(passes) for passes in zip(*(count_passes(experiment, group) for group in groups)))
         progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; {separate:.1f} one by one")
         if is_main_host():
-            swept = _artefact(experiment, params, statistics, rows, split, imported)
+            swept = _artefact(experiment, params, found_statistics, rows, split, imported)
             write_results(swept, output, baseline)
             shutil.rmtree(output / _PARTIAL, ignore_errors=True)
     return rows

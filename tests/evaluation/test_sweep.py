@@ -53,11 +53,11 @@ def test_an_interrupted_sweep_measures_only_what_is_missing(experiment, params, 
     instances, measured = experiment.instances[:6], []
     measure = sweep._measure
 
-    def interrupted(experiment, params, group, split):
+    def interrupted(experiment, params, group, *others):
         measured.append(group[0].name)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return measure(experiment, params, group, split)
+        return measure(experiment, params, group, *others)
 
     monkeypatch.setattr(sweep, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
