@@ -8,7 +8,6 @@ the last point.
 import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +57,7 @@ class Evaluator:
     """Re-estimates and evaluates some instances of a net; compiled once, it serves any parameters.
 
     A *part* of the net is an instance, for its suffix, or a point, for the layers that lead to it from the point
-    before. Each part has two programs, to re-estimate and to evaluate.
+    before. Each part has a program to evaluate and, where it has BatchNorm, one to re-estimate.
     """
 
     def __init__(
@@ -99,14 +98,22 @@ class Evaluator:
 
     def compile(self, workers: int = 0) -> Iterator[tuple[str, float]]:
         """Compiles all programs in `workers` threads (0: one per core); yields (what it does, seconds) of each."""
-        keys = itertools.product((_REESTIMATE, _EVALUATE), self._parts)
-        for (does, part), seconds in self._programs.compile(keys, workers):
+        for (does, part), seconds in self._programs.compile(self._keys(), workers):
             yield f"{does} {part}", seconds
 
     @property
     def num_programs(self) -> int:
         """Counts the programs that `compile` compiles."""
-        return 2 * len(self._parts)
+        return len(self._keys())
+
+    def _keys(self):
+        """Lists the programs that `reestimate` and `evaluate` use; a part without BatchNorm has one alone."""
+        reestimated = [part for part in self._parts if self._is_reestimated(part)]
+        return [*((_REESTIMATE, part) for part in reestimated), *((_EVALUATE, part) for part in self._parts)]
+
+    def _is_reestimated(self, part):
+        """Tells whether re-estimating runs a part: the head of a post-activation net has nothing to re-estimate."""
+        return not isinstance(part, SDPointInstance) or bool(self._statistics_shapes[part])
 
     def reestimate(self, params: PyTree, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, PyTree]:
         """Computes the BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
@@ -135,7 +142,7 @@ class Evaluator:
                 moments[point], x = self._programs[_REESTIMATE, point](
                     self._of(point, params), moments[point], share, x
                 )
-                for instance in self._suffixes.get(point, ()):
+                for instance in filter(self._is_reestimated, self._suffixes.get(point, ())):
                     moments[instance] = self._programs[_REESTIMATE, instance](
                         self._of(instance, params), moments[instance], share, x
                     )
