@@ -334,6 +334,25 @@ def curve(
     return Curve(chosen, macs[front], top1[front])
 
 
+class Calibrated(NamedTuple):
+    """A cascade and what it does on the images that it was calibrated on.
+
+    Attributes:
+        cascade: with its thresholds.
+        mean_macs: of an image.
+        top1: share of the images that are classified correctly.
+    """
+
+    cascade: Cascade
+    mean_macs: float
+    top1: float
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """Compares as better: more accurate; of equally accurate ones, cheaper."""
+        return self.top1, -self.mean_macs
+
+
 def calibrate(
     stages: Sequence[SDPointInstance],
     logits_by_stage: Sequence[np.ndarray],
@@ -343,7 +362,7 @@ def calibrate(
     *,
     kinds: Sequence[str] = CONFIDENCES,
     averages: Sequence[bool] = (False, True),
-) -> list[Cascade | None]:
+) -> list[Calibrated | None]:
     """Finds the most accurate cascade of these stages at each mean cost; of equally accurate ones the cheapest.
 
     Args:
@@ -356,18 +375,23 @@ def calibrate(
         averages: whether the stages are averaged, to choose from; likewise.
 
     Returns:
-        a cascade for each target; None where even the first stage alone costs more.
+        the cascade for each target; None where even the first stage alone costs more.
     """
     goals = np.asarray(list(targets), float)
-    chosen: list[Cascade | None] = [None] * len(goals)
-    best = [(-1.0, 0.0)] * len(goals)  # Top-1, and the cost with its sign changed.
+    best: list[Calibrated | None] = [None] * len(goals)
     for average, kind in itertools.product(averages, kinds):
         found = curve(logits_by_stage, labels, costs, kind=kind, average=average)
         for index, place in enumerate(np.searchsorted(found.mean_macs, goals, side="right") - 1):
-            if place >= 0 and (found.top1[place], -found.mean_macs[place]) > best[index]:
-                best[index] = (found.top1[place], -found.mean_macs[place])
-                chosen[index] = Cascade(tuple(stages), tuple(found.thresholds[place].tolist()), kind, average)
-    return chosen
+            if place >= 0:
+                cascade = Cascade(tuple(stages), tuple(found.thresholds[place].tolist()), kind, average)
+                new = Calibrated(cascade, float(found.mean_macs[place]), float(found.top1[place]))
+                best[index] = better(best[index], new)
+    return best
+
+
+def better(old: Calibrated | None, new: Calibrated | None) -> Calibrated | None:
+    """Returns the better of two cascades, `old` where they are equally good; see `Calibrated.merit`."""
+    return new if old is None or (new is not None and new.merit > old.merit) else old
 
 
 def search(

@@ -75,11 +75,12 @@ def test_calibration_finds_what_trying_all_thresholds_finds(stages, n, kind, ave
     targets = (29, 30, 35, 52, 71, 100, 200)
     found = cascades.calibrate(stages, logits, labels, COSTS[stages], targets, kinds=[kind], averages=[average])
     assert found[0] is None  # The first stage alone costs more.
-    for target, cascade in zip(targets[1:], found[1:]):
+    for target, (cascade, macs, top1) in zip(targets[1:], found[1:]):
         within = [measured for measured in every if measured.mean_macs <= target]
         best = max(within, key=lambda measured: (measured.top1, -measured.mean_macs))
         measured = Measured.from_tally(cascade.tally(logits, labels), COSTS[stages])
         assert (measured.top1, measured.mean_macs) == (best.top1, pytest.approx(best.mean_macs))
+        assert (top1, macs) == (pytest.approx(best.top1), pytest.approx(best.mean_macs))
 
 
 def test_the_best_kind_of_confidence_and_averaging_are_taken():
@@ -88,7 +89,7 @@ def test_the_best_kind_of_confidence_and_averaging_are_taken():
 
     def accuracies(**kwargs):
         found = cascades.calibrate(TRIPLE, logits, labels, COSTS[TRIPLE], targets, **kwargs)
-        return [Measured.from_tally(cascade.tally(logits, labels), COSTS[TRIPLE]).top1 for cascade in found]
+        return [calibrated.top1 for calibrated in found]
 
     each = [
         accuracies(kinds=[kind], averages=[average])
@@ -138,7 +139,7 @@ def test_the_search_finds_the_one_pair_that_works_together():
     best = (SDPointInstance(2, 0.5), FULL_RESOLUTION)
     assert cascades.search(logits, labels, costs_of, [50], max_stages=2) == [best]
     (chosen,) = cascades.calibrate(best, [logits[stage] for stage in best], labels, costs_of(best), [50])
-    measured = Measured.from_tally(chosen.tally([logits[stage] for stage in best], labels), costs_of(best))
+    measured = Measured.from_tally(chosen.cascade.tally([logits[stage] for stage in best], labels), costs_of(best))
     assert measured.top1 == 1 and measured.shares[0] == easy.mean()
     assert all(len(stages) in (2, 3) for stages in cascades.search(logits, labels, costs_of, [40, 50, 60]))
 
@@ -160,7 +161,7 @@ def test_the_search_is_as_good_as_calibrating_every_combination():
     def top1(stages):
         some = [logits[stage] for stage in stages]
         chosen = cascades.calibrate(stages, some, labels, costs_of(stages), [60], kinds=["max_probability"])
-        return Measured.from_tally(chosen[0].tally(some, labels), costs_of(stages)).top1 if chosen[0] else 0
+        return chosen[0].top1 if chosen[0] else 0
 
     found = max(top1(stages) for stages in cascades.search(logits, labels, costs_of, [60]))
     every = max(top1(stages) for size in (2, 3) for stages in itertools.combinations(order, size))
