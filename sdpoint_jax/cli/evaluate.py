@@ -46,6 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="workdir of the same net trained without SDPoint, and swept: for the plot",
     )
     profile.add_profile_flag(parser)
+    parser.add_argument(
+        "--cascades",
+        default="",
+        help="evaluate cascades as well: auto searches them; or names, as p03_r0.50+full,p01_r0.50+p05_r0.50+full",
+    )
+    parser.add_argument(
+        "--calibration-split",
+        default="",
+        help="images to choose cascades on; by default the config's validation split, if the sweep reports another one",
+    )
+    parser.add_argument(
+        "--calibration-images", type=int, default=10_000, help="at most so many of them; by default %(default)s"
+    )
     distributed.add_arguments(parser)
 
 
@@ -58,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         profile.check_machine()
     from sdpoint_jax import config as configs  # Late: JAX takes seconds.
     from sdpoint_jax import experiment
-    from sdpoint_jax.evaluation import sweep, table
+    from sdpoint_jax.evaluation import cascades, sweep, table
     from sdpoint_jax.storage import artefact, checkpoint
 
     baseline = table.read_baseline(args.baseline) if args.baseline else None
@@ -80,11 +93,18 @@ def run(args: argparse.Namespace) -> None:
         instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
     output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "sweep")
     split = args.split or config.dataset.test_split
+    if args.cascades:
+        held_out = {"calibration_split": args.calibration_split, "calibration_images": args.calibration_images}
+        plan = cascades.plan_cascades(parts, instances, args.cascades, split=split, **held_out)
     rows = sweep.sweep(
         parts, arrays["params"], instances, output, split=split, baseline=baseline, statistics=statistics
     )
     print(table.format_table(rows))
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
+    if args.cascades:
+        found, _ = cascades.evaluate_cascades(parts, plan, output)
+        print(cascades.format_table(found, rows))
+        print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
     if batch_sizes:
         profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes)
 

@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ _LIBRARIES = ("flax", "jax", "libtpu", "numpy", "nvidia", "optax")
 _SETTINGS = ("CUDA_", "LIBTPU_", "NVIDIA_", "TF_", "XLA_")  # Of the environment; JAX's own are in its config.
 
 
-def fetch(what: Any, compile_it: Callable[[], Callable], device: jax.Device | None = None) -> Callable:
+def fetch(what: Any, compile_it: Callable[[], Callable], devices: Sequence[jax.Device] | None = None) -> Callable:
     """Returns the program of `what`: from disk if it is there, else from `compile_it`, kept for the next time.
 
     Programs lie beside those that JAX keeps, in `jax_compilation_cache_dir`, under the same conditions: none is kept
@@ -43,12 +43,12 @@ def fetch(what: Any, compile_it: Callable[[], Callable], device: jax.Device | No
     Args:
         what: all that the program is made from; see `describe`.
         compile_it: to the `jax.stages.Compiled`.
-        device: that the program is for; None for all of them.
+        devices: that it runs on; all by default.
     """
     path = _path(what)
     if path is None:
         return compile_it()
-    if program := _load(path, device):
+    if program := _load(path, devices):
         return program
     start, _from_jax.count = time.perf_counter(), 0
     program = compile_it()
@@ -135,14 +135,14 @@ def _processor():
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
 
 
-def _load(path, device):
+def _load(path, devices):
     try:
         content = path.read_bytes()
     except OSError:
         return None
     try:
-        parts = pickle.loads(zlib.decompress(content))
-        return serialize_executable.deserialize_and_load(*parts, execution_devices=device and [device])
+        found = pickle.loads(zlib.decompress(content))
+        return serialize_executable.deserialize_and_load(*found, execution_devices=devices)
     except Exception as error:  # zlib, pickle and XLA have no error in common.
         warnings.warn(f"{path}: not usable, so the program is compiled anew: {error}", stacklevel=2)
 

@@ -80,7 +80,7 @@ def on_device(function: Callable, device: jax.Device) -> Compile:
         )
         options = compiler_options()
         what = (function, device.id, shapes, options)
-        return cache.fetch(what, lambda: jax.jit(function).lower(*placed).compile(options), device)
+        return cache.fetch(what, lambda: jax.jit(function).lower(*placed).compile(options), [device])
 
     return compile_from
 

@@ -8,8 +8,7 @@ the last point.
 import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ from sdpoint_jax.programs.devices import (
 
 PyTree = Any
 Part = int | SDPointInstance
-_REESTIMATE, _EVALUATE = "reestimate", "evaluate"  # What a program does.
+_REESTIMATE, _EVALUATE, _CLASSIFY = "reestimate", "evaluate", "classify"  # What a program does.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Evaluator:
     """Re-estimates and evaluates some instances of a net; compiled once, it serves any parameters.
 
     A *part* of the net is an instance, for its suffix, or a point, for the layers that lead to it from the point
-    before. Each part has two programs, to re-estimate and to evaluate.
+    before. Each part has a program to evaluate and, where it has BatchNorm, one to re-estimate.
     """
 
     def __init__(
@@ -99,14 +98,35 @@ class Evaluator:
 
     def compile(self, workers: int = 0) -> Iterator[tuple[str, float]]:
         """Compiles all programs in `workers` threads (0: one per core); yields (what it does, seconds) of each."""
-        keys = itertools.product((_REESTIMATE, _EVALUATE), self._parts)
+        return self._compile(self._keys(), workers)
+
+    def compile_to_classify(self, workers: int = 0) -> Iterator[tuple[str, float]]:
+        """Compiles the programs of `classify`, `num_parts` of them; as `compile`."""
+        does = {part: _CLASSIFY if isinstance(part, SDPointInstance) else _EVALUATE for part in self._parts}
+        return self._compile([(does[part], part) for part in self._parts], workers)
+
+    def _compile(self, keys, workers):
         for (does, part), seconds in self._programs.compile(keys, workers):
             yield f"{does} {part}", seconds
 
     @property
     def num_programs(self) -> int:
         """Counts the programs that `compile` compiles."""
-        return 2 * len(self._parts)
+        return len(self._keys())
+
+    @property
+    def num_parts(self) -> int:
+        """Counts the parts of the net."""
+        return len(self._parts)
+
+    def _keys(self):
+        """Lists the programs that `reestimate` and `evaluate` use; a part without BatchNorm has one alone."""
+        reestimated = [part for part in self._parts if self._is_reestimated(part)]
+        return [*((_REESTIMATE, part) for part in reestimated), *((_EVALUATE, part) for part in self._parts)]
+
+    def _is_reestimated(self, part):
+        """Tells whether re-estimating runs a part: the head of a post-activation net has nothing to re-estimate."""
+        return not isinstance(part, SDPointInstance) or bool(self._statistics_shapes[part])
 
     def reestimate(self, params: PyTree, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, PyTree]:
         """Computes the BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
@@ -135,7 +155,7 @@ class Evaluator:
                 moments[point], x = self._programs[_REESTIMATE, point](
                     self._of(point, params), moments[point], share, x
                 )
-                for instance in self._suffixes.get(point, ()):
+                for instance in filter(self._is_reestimated, self._suffixes.get(point, ())):
                     moments[instance] = self._programs[_REESTIMATE, instance](
                         self._of(instance, params), moments[instance], share, x
                     )
@@ -167,29 +187,71 @@ class Evaluator:
             ValueError: an instance without statistics, or whose statistics differ from another's before its point; or
                 no examples.
         """
-        if missing := [instance.name for instance in self._instances if instance not in statistics]:
-            raise ValueError(f"no re-estimated statistics for {', '.join(missing)}")
-        params = replicate(params)
-        deepest = self._suffixes[self._points[-1]][0]
-        self._check_shared(statistics, deepest)
-        statistics = {point: statistics[deepest] for point in self._points} | dict(statistics)
-        statistics = {part: replicate(self._of(part, statistics[part])) for part in self._parts}
+        params, statistics = self._place(params, statistics)
         sums = {instance: replicate(_zero_sums()) for instance in self._instances}
         for batch in prefetch(batches):
-            x, done = batch["images"], list(sums.values())
-            for point in self._points:
-                x = self._programs[_EVALUATE, point](self._of(point, params), statistics[point], x)
-                for instance in self._suffixes.get(point, ()):
-                    sums[instance] = self._programs[_EVALUATE, instance](
-                        self._of(instance, params),
-                        statistics[instance],
-                        sums[instance],
-                        x,
-                        batch["labels"],
-                        batch["mask"],
-                    )
+            done = list(sums.values())
+            for instance, x in self._activations(params, statistics, batch["images"]):
+                sums[instance] = self._programs[_EVALUATE, instance](
+                    self._of(instance, params),
+                    statistics[instance],
+                    sums[instance],
+                    x,
+                    batch["labels"],
+                    batch["mask"],
+                )
             jax.block_until_ready(done)
         return {instance: self._means(jax.device_get(total)) for instance, total in sums.items()}
+
+    def classify(
+        self,
+        params: PyTree,
+        statistics: Mapping[SDPointInstance, PyTree],
+        batches: Iterable[Mapping[str, np.ndarray]],
+        instances: Collection[SDPointInstance] | None = None,
+    ) -> Iterator[tuple[dict[SDPointInstance, np.ndarray], np.ndarray]]:
+        """Computes the logits of each instance with its own statistics; on a single host only.
+
+        Args:
+            params: of the net.
+            statistics: see `evaluate`.
+            batches: see `evaluate`.
+            instances: some of the evaluator's; all by default.
+
+        Yields:
+            for each batch, of its examples without the padding: logits [m, K], float32, by instance; labels [m].
+
+        Raises:
+            ValueError: as `evaluate`, except that batches without examples are no error.
+        """
+        wanted = set(self._instances if instances is None else instances)
+        params, statistics = self._place(params, statistics)
+        for batch in prefetch(batches):
+            found = {
+                instance: self._programs[_CLASSIFY, instance](self._of(instance, params), statistics[instance], x)
+                for instance, x in self._activations(params, statistics, batch["images"])
+                if instance in wanted
+            }
+            labels, mask = (np.asarray(batch[name]).reshape(-1) for name in ("labels", "mask"))
+            used = mask > 0
+            logits = {instance: np.asarray(some).reshape(len(used), -1)[used] for instance, some in found.items()}
+            yield logits, labels[used]
+
+    def _place(self, params, statistics):
+        """Puts parameters, and the statistics of each part, on the devices; checks the statistics."""
+        if missing := [instance.name for instance in self._instances if instance not in statistics]:
+            raise ValueError(f"no re-estimated statistics for {', '.join(missing)}")
+        deepest = self._suffixes[self._points[-1]][0]
+        self._check_shared(statistics, deepest)
+        by_part = {point: statistics[deepest] for point in self._points} | dict(statistics)
+        return replicate(params), {part: replicate(self._of(part, by_part[part])) for part in self._parts}
+
+    def _activations(self, params, statistics, x):
+        """Walks the prefix once; yields each instance with the activation at its point."""
+        for point in self._points:
+            x = self._programs[_EVALUATE, point](self._of(point, params), statistics[point], x)
+            for instance in self._suffixes.get(point, ()):
+                yield instance, x
 
     def _of(self, part, tree):
         """Picks what a part of the net uses of parameters or statistics."""
@@ -252,7 +314,7 @@ class Evaluator:
         x = self._input_shapes[part]
         if does == _REESTIMATE:
             return params, statistics, jax.ShapeDtypeStruct((), np.float32), x
-        if not isinstance(part, SDPointInstance):
+        if does == _CLASSIFY or not isinstance(part, SDPointInstance):
             return params, statistics, x
         labels, mask = (jax.ShapeDtypeStruct(x.shape[:2], dtype) for dtype in (np.int32, np.float32))
         return params, statistics, shapes_of(_zero_sums()), x, labels, mask
@@ -264,7 +326,7 @@ class Evaluator:
             step = functools.partial(_pool_batch, **self._net(part))
             out_axes = REPLICATED if is_suffix else (REPLICATED, SHARDED)
             return parallel(step, in_axes=(REPLICATED, REPLICATED, REPLICATED, SHARDED), out_axes=out_axes)
-        if not is_suffix:
+        if not is_suffix or does == _CLASSIFY:
             step = functools.partial(_advance, **self._net(part))
             return parallel(step, in_axes=(REPLICATED, REPLICATED, SHARDED), out_axes=SHARDED)
         in_axes = (REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, SHARDED)

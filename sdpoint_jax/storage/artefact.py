@@ -14,7 +14,7 @@ __all__ = ["ARTEFACT", "FORMAT", "Artefact", "InstanceRow", "Latency", "SweepSet
 
 PyTree = Any
 ARTEFACT = "artefact"  # Its name in the folder of a sweep.
-FORMAT = 2  # Of the record. Format 1 had no number, and no `resize`.
+FORMAT = 2  # Of the record. Format 1 had no number, and no `resize`; `cascades` came later, and may be missing.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Artefact:
         mean, std: of each channel, on the scale 0..1.
         config: of the experiment, as JSON holds it.
         settings: how the sweep was measured.
+        cascades: the records of `models.cascade.CascadeRow`, if cascades were evaluated.
     """
 
     params: PyTree
@@ -67,6 +68,7 @@ class Artefact:
     std: tuple[float, ...]
     config: Mapping[str, Any]
     settings: SweepSettings
+    cascades: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -107,6 +109,7 @@ def save(artefact: Artefact, path: str | os.PathLike) -> None:
         "config": dict(artefact.config),
         "settings": dataclasses.asdict(artefact.settings),
         "table": [row.to_record() for row in artefact.rows],
+        "cascades": list(artefact.cascades),
     }
     checkpoint.save(path, {"params": artefact.params, "batch_stats": statistics}, record)
 
@@ -148,4 +151,5 @@ def _from_record(arrays, record):
         tuple(record["std"]),
         record["config"],
         SweepSettings(**record["settings"]),
+        tuple(record.get("cascades", ())),
     )
