@@ -1,5 +1,6 @@
 """Inference within a budget: loads a sweep's artefact, picks an SDPoint instance, predicts."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -12,15 +13,17 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models.cascade import Cascade, CascadeRow, select_cascade
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.programs.cascade import CascadePrograms
 from sdpoint_jax.programs.inference import InferencePrograms
 from sdpoint_jax.serving.images import to_batch
 from sdpoint_jax.serving.selection import Budget, select
 from sdpoint_jax.storage import artefact
 from sdpoint_jax.storage.artefact import Artefact, InstanceRow
 
-_LARGEST_BATCH = 256  # Larger ones are split; smaller ones padded to a power of two, so that programs stay few.
+_POWERS_OF_TWO = tuple(1 << power for power in range(9))  # Batches are padded to these, so that programs stay few.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Predictor:
 
     Attributes:
         rows: the table, a row per instance.
+        cascades: the table of cascades, if the sweep has evaluated some.
         class_names: of the K classes.
         image_shape: (H, W, C) that the net takes.
     """
@@ -65,6 +69,7 @@ class Predictor:
         """
         self._artefact = swept
         self.rows: tuple[InstanceRow, ...] = swept.rows
+        self.cascades = tuple(CascadeRow.from_record(record) for record in swept.cascades)
         self.class_names, self.image_shape = swept.class_names, swept.image_shape
         local = jax.local_devices()
         chosen = devices or (local if local[0].platform != "cpu" else local[:1])
@@ -73,6 +78,7 @@ class Predictor:
         self._replicas = [_Replica(swept, model, preprocess, device) for device in chosen]
         self._turns = itertools.count()
         self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}  # Batch sizes, ascending.
+        self._compiled_cascades: dict[tuple[SDPointInstance, ...], tuple[int, ...]] = {}
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> "Predictor":
@@ -99,25 +105,34 @@ class Predictor:
         """Returns the programs of the first device."""
         return self._replicas[0].programs
 
-    def compile(self, instances: Iterable[SDPointInstance | str], batch_sizes: Iterable[int], workers: int = 0) -> None:
+    def compile(
+        self,
+        instances: Iterable[SDPointInstance | str],
+        batch_sizes: Iterable[int],
+        workers: int = 0,
+        cascades: Iterable[Cascade | str] = (),
+    ) -> None:
         """Compiles ahead of time, or loads what an earlier process has compiled; from then on, nothing else is.
 
         Args:
             instances: or their names.
             batch_sizes: a batch is padded to the next of them, and split by the largest.
             workers: threads that compile; 0 for one per core.
+            cascades: or their names; at the same batch sizes.
 
         Raises:
-            ValueError: an instance that was not swept, or a batch size below 1.
+            ValueError: an instance that was not swept, a cascade that is not in the table, or a batch size below 1.
         """
         sizes = tuple(sorted(set(batch_sizes)))
         if not sizes or sizes[0] < 1:
             raise ValueError(f"batch_sizes {list(sizes)}: give at least one, each at least 1")
         chosen = [self.find(instance) for instance in instances]
         keys = [(instance, size) for instance in chosen for size in sizes]
+        stages = [self.find_cascade(cascade).stages for cascade in cascades]
         for replica in self._replicas:
-            for _ in replica.programs.compile(keys, workers):
-                pass
+            collections.deque(replica.programs.compile(keys, workers), maxlen=0)
+            collections.deque(replica.cascade_programs.compile(stages, sizes, workers), maxlen=0)
+        self._compiled_cascades |= dict.fromkeys(stages, sizes)
         for instance in chosen:
             self._compiled[instance] = tuple(sorted({*self._compiled.get(instance, ()), *sizes}))
 
@@ -156,8 +171,10 @@ class Predictor:
         budget: Budget | None = None,
         max_macs: float | None = None,
         instance: SDPointInstance | str | None = None,
+        mean_macs: float | None = None,
+        cascade: Cascade | str | None = None,
     ) -> np.ndarray:
-        """Classifies with one instance.
+        """Classifies with one instance, or with a cascade.
 
         Args:
             images: an array [B, H, W, C] of `image_shape`, uint8 or floats in 0..1; or one image or a list of images of
@@ -165,6 +182,8 @@ class Predictor:
             budget: for the instance; see `select`.
             max_macs: likewise.
             instance: the one to use, or its name, instead of a budget.
+            mean_macs: the most multiply-accumulates of an image, mean over many: the most accurate cascade within it.
+            cascade: the one to use, or the name of one in the table, as `p03_r0.50+full`.
 
         Returns:
             logits [B, K], float32.
@@ -175,12 +194,55 @@ class Predictor:
             BadImageError: a file that is no image; names it.
             OSError: a file that cannot be opened.
         """
-        chosen = self._choose(budget, max_macs, instance)
+        given = dict(budget=budget, max_macs=max_macs, instance=instance, mean_macs=mean_macs, cascade=cascade)
+        if len(named := [f"{name} {value}" for name, value in given.items() if value is not None]) > 1:
+            raise ValueError(f"{' and '.join(named)}: give one of them")
+        if mean_macs is not None or cascade is not None:
+            return self.run_cascade(images, self.find_cascade(mean_macs if cascade is None else cascade))[0]
+        chosen = self.select(budget, max_macs=max_macs) if instance is None else self.find(instance)
         batch, sizes = to_batch(images, self.image_shape, self.resize), self._batch_sizes(chosen)
         starts = range(0, len(batch), sizes[-1])
         running = [self._start(batch[start : start + sizes[-1]], chosen, sizes) for start in starts]
         logits = [np.asarray(output)[:count] for output, count in running]
         return np.concatenate([np.empty((0, len(self.class_names)), np.float32), *logits])
+
+    def run_cascade(self, images: Any, cascade: Cascade) -> tuple[np.ndarray, np.ndarray]:
+        """Classifies with a cascade: images that a stage is not sure of go on from its prefix.
+
+        Args:
+            images: see `predict`.
+            cascade: of instances that were swept.
+
+        Returns:
+            logits [B, K], float32, and the stage at which each image stopped, int [B].
+
+        Raises:
+            ValueError: a stage that was not swept, or was not compiled where `compile` was called; besides those of
+                `predict`.
+        """
+        for stage in cascade.stages:
+            self.find(stage)
+        if self._compiled and cascade.stages not in self._compiled_cascades:
+            raise ValueError(f"cascade {cascade.name}: not compiled")
+        batch = to_batch(images, self.image_shape, self.resize)
+        sizes = self._compiled_cascades.get(cascade.stages, _POWERS_OF_TWO)
+        return self._next_replica().run_cascade(cascade, batch, sizes)
+
+    def find_cascade(self, wanted: Cascade | str | float) -> Cascade:
+        """Finds a cascade of the table by its name, or the most accurate one within a mean cost, in MACs.
+
+        Raises:
+            ValueError: none of that name, or none so cheap.
+        """
+        if isinstance(wanted, Cascade):
+            return wanted
+        if not isinstance(wanted, str):
+            return select_cascade(self.cascades, wanted).cascade
+        for row in self.cascades:
+            if row.name == wanted:
+                return row.cascade
+        known = ", ".join(row.name for row in self.cascades) or "none; evaluate.py --cascades=auto finds some"
+        raise ValueError(f"cascade {wanted!r}: the artefact has {known}")
 
     def predict_probabilities(self, images: Any, **choice: Any) -> np.ndarray:
         """Classifies as `predict`, to probabilities [B, K], float32, that sum to 1."""
@@ -201,25 +263,19 @@ class Predictor:
             for row, labels in zip(probabilities, best)
         ]
 
-    def _choose(self, budget, max_macs, instance) -> SDPointInstance:
-        if instance is None:
-            return self.select(budget, max_macs=max_macs)
-        for name, given in (("budget", budget), ("max_macs", max_macs)):
-            if given is not None:
-                raise ValueError(f"{name} {given} and instance {instance}: give one of them")
-        return self.find(instance)
-
     def _start(self, images, instance, sizes) -> tuple[jax.Array, int]:
         """Starts to classify a batch on the next device; returns its logits, padded, and how many count."""
         size = next(size for size in sizes if size >= len(images))
         padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]) if size > len(images) else images
-        replica = self._replicas[next(self._turns) % len(self._replicas)]
-        return replica.program(instance, size)(padded), len(images)
+        return self._next_replica().program(instance, size)(padded), len(images)
+
+    def _next_replica(self) -> "_Replica":
+        return self._replicas[next(self._turns) % len(self._replicas)]
 
     def _batch_sizes(self, instance) -> Sequence[int]:
         """Returns the batch sizes that `instance` may run at, ascending."""
         if not self._compiled:
-            return [1 << power for power in range(_LARGEST_BATCH.bit_length())]
+            return _POWERS_OF_TWO
         if instance not in self._compiled:
             names = ", ".join(compiled.name for compiled in self._compiled)
             raise ValueError(f"instance {instance.name}: not compiled; compiled are {names}")
@@ -235,13 +291,19 @@ class _Replica:
     """The net on one device: parameters once, statistics of each instance, programs."""
 
     def __init__(self, swept, model, preprocess, device):
-        self.programs = InferencePrograms(model, image_shape=swept.image_shape, preprocess=preprocess, device=device)
+        settings = dict(image_shape=swept.image_shape, preprocess=preprocess, device=device)
+        self.programs = InferencePrograms(model, **settings)
+        self.cascade_programs = CascadePrograms(model, **settings)
         self._params = jax.device_put(swept.params, device)
         self._batch_stats = {instance: jax.device_put(tree, device) for instance, tree in swept.batch_stats.items()}
 
     def program(self, instance, batch_size):
         """Returns the program of (instance, batch size), bound to parameters and statistics."""
         return functools.partial(self.programs[instance, batch_size], self._params, self._batch_stats[instance])
+
+    def run_cascade(self, cascade, images, sizes):
+        """Returns logits and stages of uint8 images."""
+        return self.cascade_programs.run(cascade.stages, cascade.decide, self._params, self._batch_stats, images, sizes)
 
 
 def _softmax(logits):

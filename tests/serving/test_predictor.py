@@ -19,6 +19,7 @@ from PIL import Image
 from sdpoint_jax.data.augment.crop import resize_and_center_crop
 from sdpoint_jax.evaluation import sweep
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.cascade import Cascade, confidence
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.serving.selection import Budget
@@ -148,6 +149,25 @@ def test_a_budget_and_an_instance_are_not_given_together(predictor, test_images)
         predictor.predict(test_images[0][:1], max_macs=100, instance="full")
     with pytest.raises(ValueError, match="max_macs 1 and budget .*: give one of them"):
         predictor.select(Budget(min_top1=0.5), max_macs=1)
+
+
+def test_a_cascade_answers_with_the_logits_of_the_stage_that_stops(swept, test_images):
+    stages = (SDPointInstance(1, 0.5), FULL_RESOLUTION)
+    images = test_images[0][:40]
+    predictor = Predictor.load(swept.folder / "artefact")
+    cheap, full = (predictor.predict(images, instance=stage) for stage in stages)
+    sure = confidence(cheap, "max_probability")
+    cascade = Cascade(stages, (float(np.median(sure)),))
+    logits, reached = predictor.run_cascade(images, cascade)
+    assert (reached == (sure < np.median(sure))).all() and 0 < reached.sum() < 40
+    np.testing.assert_allclose(logits, np.where(reached[:, None] == 0, cheap, full), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(predictor.predict(images, cascade=cascade), logits)
+    with pytest.raises(ValueError, match="cascade 'p01_r0.50.full': the artefact has none; evaluate.py --cascades"):
+        predictor.predict(images, cascade="p01_r0.50+full")
+    with pytest.raises(ValueError, match="no cascades"):
+        predictor.predict(images, mean_macs=1e6)
+    with pytest.raises(ValueError, match="instance full and cascade x: give one of them"):
+        predictor.predict(images, instance="full", cascade="x")
 
 
 def test_several_devices_share_the_work(swept, test_images):
