@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from sdpoint_jax.models import target
+
 
 def he_fan_out_normal(key, shape, dtype=jnp.float32):
     """Draws a kernel [k, k, in, out] from normal(0, sqrt(2 / (k * k * out))), as the authors initialise."""
@@ -44,6 +46,6 @@ def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **
         feature_group_count=groups,
         use_bias=False,
         kernel_init=he_fan_out_normal,
-        conv_general_dilated=_pointwise_as_dot if jax.default_backend() == "cpu" else None,
+        conv_general_dilated=_pointwise_as_dot if target.platform() == "cpu" else None,
         **kwargs,
     )
