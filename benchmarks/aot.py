@@ -16,7 +16,8 @@ The batch size is that of one device. Targets:
 Each program is compiled by itself, and its work is CPU-seconds of this process. `roofline` is the estimate of
 `python -m sdpoint_jax cost --device` for the same program, `compiler` the sum of the cycles that the TPU compiler
 expects of each instruction (without those of select-and-scatter and custom calls, which it does not estimate).
-Percentages are of full resolution. Nothing runs on the target.
+Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. Nothing
+runs on the target.
 """
 
 import functools
@@ -50,6 +51,7 @@ PRESETS = {
     "tpu": dict(target="tpu:v5e:2x2", net="resnet50:224:128", dtype="bfloat16", instances="3", programs="gradient"),
 }
 PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference")
+WHOLE = ("gradient", "update", "inference")  # Of the whole net; the others are of the layers after a point.
 # Of TPUs: their peak rate over what their matrix units do in a cycle.
 GIGAHERTZ = {"tpu-v4": 1.05, "tpu-v5e": 1.5, "tpu-v5p": 1.75}
 
@@ -167,7 +169,7 @@ def estimated_cycles(text: str) -> int | None:
 
 def estimate(setting: Setting, dtype: str, kind: str, instance: SDPointInstance, device: str | None) -> dict:
     """Returns what shapes say of a program: MACs, activations, and for a known device bytes and time."""
-    if kind not in ("gradient", "update", "inference"):
+    if kind not in WHOLE:
         return {}
     model = setting.model(dtype)
     cost = count_cost(model, instance, setting.image_size)
@@ -218,10 +220,10 @@ RATIOS = {
 
 
 def add_ratios(rows: list[dict]) -> None:
-    """Adds to each row its `ratios` to that of the same program at full resolution."""
+    """Adds to each row its `ratios` to that of the same program at full resolution; none for parts of the net."""
     full = {row["program"]: row for row in rows if row["instance"] == FULL_RESOLUTION.name}
     for row in rows:
-        whole = full[row["program"]]
+        whole = full[row["program"]] if row["program"] in WHOLE else {}
         row["ratios"] = {name: row[key] / whole[key] for name, key in RATIOS.items() if row.get(key) and whole.get(key)}
 
 
