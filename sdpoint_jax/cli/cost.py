@@ -1,6 +1,11 @@
-"""Counts what the SDPoint instances of a net cost: python -m sdpoint_jax cost --model=preresnet101 --image-size=224"""
+"""Counts what the SDPoint instances of a net cost: python -m sdpoint_jax cost --model=preresnet101 --image-size=224
+
+With `--device=tpu-v5e`, or the peak rates of any other, the table has the bytes that memory moves and an estimate of
+the time that they and the MACs take there: on accelerators, time follows bytes rather than MACs.
+"""
 
 import argparse
+import dataclasses
 import re
 import signal
 
@@ -15,23 +20,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", metavar="INSTANCE", help="list the layers of this instance instead, as in p05_r0.75"
     )
+    parser.add_argument("--device", help="add bytes, and times on this device, as in tpu-v5e or h100")
+    parser.add_argument("--peak-tflops", type=float, help="10^12 operations a second, instead of the device's")
+    parser.add_argument("--bandwidth-gbps", type=float, help="10^9 bytes a second, instead of the device's")
+    parser.add_argument("--batch-size", type=int, help="images on one device, 128 by default; adds bytes")
+    parser.add_argument("--dtype", help="of the computation, float32 or bfloat16, the default; adds bytes")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table that the flags ask for."""
     from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance
     from sdpoint_jax.models.registry import create_model  # Late: JAX takes seconds.
-    from sdpoint_jax.profiling import macs
+    from sdpoint_jax.profiling import macs, roofline
 
-    model = create_model(args.model, args.num_classes)
-    if args.layers is None:
-        instances = model.instances(args.ratios or DEFAULT_RATIOS)
-        report = macs.format_instances(model, instances, args.image_size, args.channels)
-    else:
+    flags = (args.device, args.peak_tflops, args.bandwidth_gbps, args.batch_size, args.dtype)
+    wants_bytes = any(flag is not None for flag in flags)
+    if wants_bytes and args.layers:
+        raise ValueError("--layers lists MACs, parameters and activations: without the flags of a device")
+    model = create_model(args.model, args.num_classes, dtype=args.dtype or "bfloat16")
+    instances = model.instances(args.ratios or DEFAULT_RATIOS)
+    if args.layers:
         layers = macs.list_layers(model, SDPointInstance.from_name(args.layers), args.image_size, args.channels)
         report = macs.format_layers(layers)
+    elif wants_bytes:
+        batch_size = 128 if args.batch_size is None else args.batch_size
+        device = _device(args)
+        report = roofline.format_estimates(model, instances, args.image_size, batch_size, device, args.channels)
+    else:
+        report = macs.format_instances(model, instances, args.image_size, args.channels)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has seen enough, as `head`, is no error.
     print(report)
+
+
+def _device(args):
+    """Returns the device that the flags name or describe; None if they do neither."""
+    from sdpoint_jax.profiling import roofline
+
+    rates = {}
+    if args.peak_tflops is not None:
+        rates |= {"bfloat16_tflops": args.peak_tflops, "float32_tflops": args.peak_tflops}
+    if args.bandwidth_gbps is not None:
+        rates["bandwidth_gbps"] = args.bandwidth_gbps
+    if args.device is not None:
+        return dataclasses.replace(roofline.get_device(args.device), **rates)
+    if not rates:
+        return None
+    if len(rates) < 3:
+        raise ValueError("without --device, both --peak-tflops and --bandwidth-gbps are needed")
+    return roofline.Device("of the flags", **rates)
 
 
 def _image_size(text):

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from sdpoint_jax.models import target
+
 
 def he_fan_out_normal(key, shape, dtype=jnp.float32):
     """Draws a kernel [k, k, in, out] from normal(0, sqrt(2 / (k * k * out))), as the authors initialise."""
@@ -47,7 +49,7 @@ def _is_pointwise(kernel, *, feature_group_count, **_):
 def _formulation(portable):
     if portable:
         return _pointwise_per_platform
-    return _pointwise_as_dot if jax.default_backend() == "cpu" else None
+    return _pointwise_as_dot if target.platform() == "cpu" else None
 
 
 def convolution(

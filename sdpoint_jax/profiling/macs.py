@@ -8,8 +8,9 @@ own cost analysis counts pooling matrices as work and may call a downsampled ins
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,43 @@ from sdpoint_jax.models.pool import downsampled_size
 from sdpoint_jax.models.resnet import ResNet
 
 Shape = tuple[int, int, int]
+
+
+class Operation(NamedTuple):
+    """One operation on the activations of one image; ReLUs belong to the operation before them.
+
+    Attributes:
+        kind: what it does. `max_pool` is the stem's; `average_pool` a point's, or the global one.
+        name: path of its parameters in the variables, as in `block_03/conv1`, or such a path for what has none.
+        input: height, width and channels; of an `add`, those of its block's input.
+        output: likewise; (1, 1, K) for the classifier.
+        kernel: side of a convolution's kernel; 1 for all others.
+        groups: of a convolution; 1 for all others.
+    """
+
+    kind: Literal["convolution", "norm", "add", "max_pool", "average_pool", "dense"]
+    name: str
+    input: Shape
+    output: Shape
+    kernel: int = 1
+    groups: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Counts the weights of a convolution, or those of the classifier without its biases; 0 for all others."""
+        if self.kind not in ("convolution", "dense"):
+            return 0
+        return self.kernel**2 * (self.input[-1] // self.groups) * self.output[-1]
+
+    @property
+    def macs(self) -> int:
+        """Counts the multiply-accumulates."""
+        return self.output[0] * self.output[1] * self.weights
+
+    @property
+    def params(self) -> int:
+        """Counts the trainable parameters."""
+        return self.weights + {"norm": 2, "dense": 1}.get(self.kind, 0) * self.output[-1]
 
 
 class LayerCost(NamedTuple):
@@ -107,43 +145,69 @@ def list_layers(
     Raises:
         ValueError: an instance that the net does not have, images too small for the net, or no channels.
     """
+    operations = list_operations(model, instance, image_size, channels)
+    return tuple(_layer_cost(operation) for operation in operations if operation.params)
+
+
+def _layer_cost(operation: Operation) -> LayerCost:
+    activations = math.prod(operation.output) if operation.macs else 0
+    return LayerCost(operation.name, operation.output, operation.macs, operation.params, activations)
+
+
+def list_operations(
+    model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
+) -> tuple[Operation, ...]:
+    """Lists the operations of `model` from the input to the output, as `instance` runs them.
+
+    Args, Raises: see `list_layers`.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
     if channels < 1:
         raise ValueError(f"channels {channels}: at least 1")
     model.check_instance(instance)
     model.check_image_size((height, width))
-    return tuple(_layers(model.architecture, model.num_classes, instance, (height, width, channels)))
+    return tuple(_operations(model.architecture, model.num_classes, instance, (height, width, channels)))
 
 
-def _layers(net: Architecture, num_classes: int, instance: SDPointInstance, images: Shape) -> Iterator[LayerCost]:
+def _operations(net: Architecture, num_classes: int, instance: SDPointInstance, images: Shape) -> Iterator[Operation]:
     stem = _convolution("stem/conv", net.stem_convolution, images)
     yield stem
+    x = stem.output
     if net.stem_has_norm:
-        yield _norm("stem/norm", stem.output)
-    x = _pass_stem_pool(net, stem.output, instance)
+        yield Operation("norm", "stem/norm", x, x)
+    if net.imagenet_stem:
+        pool = Operation("max_pool", "stem/pool", x, _stem_pool_output(x, instance))
+        yield pool
+        x = pool.output
     for k, spec in enumerate(net.blocks(), 1):
-        yield from _block(f"block_{k:02d}", spec, net.preactivation, x)
+        name = f"block_{k:02d}"
+        yield from _block(name, spec, net.preactivation, x)
         x = _block_output(spec, x)
         if k == instance.point:
-            x = _downsample(x, instance.ratio)
+            pool = Operation("average_pool", f"{name}/pool", x, _downsample(x, instance.ratio))
+            yield pool
+            x = pool.output
     if net.preactivation:
-        yield _norm("head/norm", x)
-    inputs = x[-1]
-    yield LayerCost("head/dense", (1, 1, num_classes), inputs * num_classes, (inputs + 1) * num_classes, num_classes)
+        yield Operation("norm", "head/norm", x, x)
+    pooled = (1, 1, x[-1])
+    yield Operation("average_pool", "head/pool", x, pooled)
+    yield Operation("dense", "head/dense", pooled, (1, 1, num_classes))
 
 
-def _block(name: str, spec: BlockSpec, preactivation: bool, x: Shape) -> Iterator[LayerCost]:
+def _block(name: str, spec: BlockSpec, preactivation: bool, x: Shape) -> Iterator[Operation]:
     y = x
     for index, convolution in enumerate(spec.convolutions, 1):
         layer = _convolution(f"{name}/conv{index}", convolution, y)
-        norm = _norm(f"{name}/norm{index}", y if preactivation else layer.output)
+        normalised = y if preactivation else layer.output
+        norm = Operation("norm", f"{name}/norm{index}", normalised, normalised)
         yield from (norm, layer) if preactivation else (layer, norm)
         y = layer.output
     if spec.shortcut and spec.shortcut.kind != "padded_identity":
         shortcut = _convolution(f"{name}/shortcut_conv", spec.shortcut.convolution, x)
         yield shortcut
         if spec.shortcut.kind == "projection_norm":
-            yield _norm(f"{name}/shortcut_norm", shortcut.output)
+            yield Operation("norm", f"{name}/shortcut_norm", shortcut.output, shortcut.output)
+    yield Operation("add", f"{name}/add", x, y)
 
 
 def _block_output(spec: BlockSpec, x: Shape) -> Shape:
@@ -152,9 +216,7 @@ def _block_output(spec: BlockSpec, x: Shape) -> Shape:
     return x
 
 
-def _pass_stem_pool(net: Architecture, x: Shape, instance: SDPointInstance) -> Shape:
-    if not net.imagenet_stem:
-        return x
+def _stem_pool_output(x: Shape, instance: SDPointInstance) -> Shape:
     x = _strided(x, 2, x[-1])
     return _downsample(x, instance.ratio) if instance.point == STEM else x
 
@@ -168,14 +230,8 @@ def _strided(x: Shape, stride: int, features: int) -> Shape:
     return -(-x[0] // stride), -(-x[1] // stride), features
 
 
-def _convolution(name: str, spec: ConvolutionSpec, x: Shape) -> LayerCost:
-    output = _strided(x, spec.stride, spec.features)
-    weights = spec.kernel**2 * (x[-1] // spec.groups) * spec.features
-    return LayerCost(name, output, output[0] * output[1] * weights, weights, output[0] * output[1] * output[2])
-
-
-def _norm(name: str, x: Shape) -> LayerCost:
-    return LayerCost(name, x, 0, 2 * x[-1], 0)
+def _convolution(name: str, spec: ConvolutionSpec, x: Shape) -> Operation:
+    return Operation("convolution", name, x, _strided(x, spec.stride, spec.features), spec.kernel, spec.groups)
 
 
 def format_instances(

@@ -1,6 +1,7 @@
 """How programs meet devices: compiling for all of them or for one, replicas, shards, the switch of compiled programs.
 
-All of the project's pmap is here. Everything replicated is an ordinary pytree without a device axis; what is sharded
+All of the project's pmap is here. Programs are for the devices at hand, or in the context of `target.programs_for` for
+absent ones, to be looked at. Everything replicated is an ordinary pytree without a device axis; what is sharded
 has a leading axis of devices. Both are global arrays, over the devices of all hosts.
 """
 
@@ -17,8 +18,9 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from sdpoint_jax.models import target
 from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.programs import cache
 
@@ -50,49 +52,98 @@ def parallel(function: Callable, *, in_axes: tuple, out_axes: Any, donate: tuple
 
     Returns:
         compile(*shapes): from the arguments' shapes, over all devices, to the compiled program. It is kept on disk, and
-        loaded from there if it was compiled before; see `cache`.
+        loaded from there if it was compiled before; see `cache`. For absent devices it is kept nowhere, and for a
+        platform without devices it is a `jax.export.Exported` instead.
     """
+    absent = target.current()
+    if absent and not absent.devices:
+        return _export(_on_one(function, in_axes, out_axes), donate)
+    devices = list(absent.devices) if absent else jax.devices()
     mapped = jax.pmap(
-        function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate, devices=jax.devices()
+        function, axis_name=AXIS, in_axes=in_axes, out_axes=out_axes, donate_argnums=donate, devices=devices
     )
 
     def compile_from(*shapes):
-        if jax.process_count() > 1:  # There, pmap traces from arrays alone.
+        if jax.process_count() > 1 and not absent:  # There, pmap traces from arrays alone.
             specs = [PartitionSpec(AXIS) if axis == SHARDED else PartitionSpec() for axis in in_axes]
             shapes = [jax.tree.map(functools.partial(_zeros, spec), shape) for spec, shape in zip(specs, shapes)]
-        options = compiler_options()
-        what = (function, in_axes, out_axes, donate, shapes, options)
-        return cache.fetch(what, lambda: mapped.lower(*shapes).compile(options))
+        what = (function, in_axes, out_axes, donate, shapes)
+        return _fetch(what, lambda: mapped.lower(*shapes))
 
     return compile_from
 
 
+def _fetch(what, lower, devices=None):
+    """Compiles what `lower` lowers, or fetches it from disk, where no program for absent devices is."""
+    options = compiler_options()
+    if target.current():
+        return lower().compile(options)
+    return cache.fetch((*what, options), lambda: lower().compile(options), devices)
+
+
+def _on_one(function, in_axes, out_axes):
+    """Maps `function` over one device, as `parallel` does over all, in a form that can be exported: pmap's cannot."""
+    specs = {REPLICATED: PartitionSpec(), SHARDED: PartitionSpec(AXIS)}
+    several = isinstance(out_axes, tuple)
+
+    def apply(*args):
+        args = [jax.tree.map(lambda x: x[0], arg) if axis == SHARDED else arg for arg, axis in zip(args, in_axes)]
+        outputs = function(*args)
+        if not several:
+            return add_axis(out_axes, outputs)
+        return tuple(map(add_axis, out_axes, outputs))
+
+    def add_axis(axis, output):
+        return jax.tree.map(lambda x: x[None], output) if axis == SHARDED else output
+
+    out_specs = tuple(specs[axis] for axis in out_axes) if several else specs[out_axes]
+    in_specs = tuple(specs[axis] for axis in in_axes)
+    mesh = AbstractMesh((1,), (AXIS,))
+    return jax.shard_map(apply, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _export(function, donate=()):
+    """Makes what traces and lowers `function` for one device of the target's platform."""
+    platform = {"gpu": "cuda"}.get(target.platform(), target.platform())
+    return jax.export.export(jax.jit(function, donate_argnums=donate), platforms=[platform])
+
+
 def on_device(function: Callable, device: jax.Device) -> Compile:
-    """Makes what compiles `function` for one device of this host.
+    """Makes what compiles `function` for one device of this host, or, for absent devices, for the first of them.
 
     Returns:
         compile(*shapes): as of `parallel`.
     """
+    absent = target.current()
+    if absent and not absent.devices:
+        return _export(function)
+    device = absent.devices[0] if absent else device
 
     def compile_from(*shapes):
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)), shapes
         )
-        options = compiler_options()
-        what = (function, device.id, shapes, options)
-        return cache.fetch(what, lambda: jax.jit(function).lower(*placed).compile(options), [device])
+        return _fetch((function, device.id, shapes), lambda: jax.jit(function).lower(*placed), [device])
 
     return compile_from
 
 
-@functools.cache
+def device_count() -> int:
+    """Counts the devices of all hosts that programs are for."""
+    absent = target.current()
+    return max(1, len(absent.devices)) if absent else jax.device_count()
+
+
 def compiler_options() -> dict[str, Any]:
-    """Returns what to ask of XLA for every program: on a CPU, other choices than its own; elsewhere nothing.
+    """Returns what to ask of XLA for every program: for a CPU, other choices than its own; else nothing.
 
     A flag that stands in XLA_FLAGS, or that this XLA does not know, is left out.
     """
-    if jax.default_backend() != "cpu":
-        return {}
+    return _options_for_cpu() if target.platform() == "cpu" else {}
+
+
+@functools.cache
+def _options_for_cpu():
     given = os.environ.get("XLA_FLAGS", "")
     return {flag: value for flag, value in _ON_CPU.items() if flag not in given and _is_known(flag, value)}
 
@@ -133,9 +184,13 @@ def is_main_host() -> bool:
 
 
 def shape_of_shards(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of what `shard` makes of this host's arrays [b, ...] of that shape."""
+    """Returns the shape of what `shard` makes of this host's arrays [b, ...] of that shape.
+
+    Absent devices count as those of one host.
+    """
     size, *rest = shape
-    return jax.ShapeDtypeStruct((jax.device_count(), size // jax.local_device_count(), *rest), dtype)
+    local = device_count() if target.current() else jax.local_device_count()
+    return jax.ShapeDtypeStruct((device_count(), size // local, *rest), dtype)
 
 
 def check_batch_size(batch_size: int, key: str) -> None:
@@ -194,11 +249,12 @@ class Switch(Generic[Key]):
             shapes: from a key to the shapes of the arguments.
         """
         self._build, self._shapes = build, shapes
+        self._target = target.current()  # Programs are for that of the switch, in whatever thread they are compiled.
         self._programs: dict[Key, Callable] = {}
         self._lock = threading.Lock()
         self._compiling: dict[Key, threading.Lock] = {}
         # Many programs in flight on several CPU devices of one process deadlock in their collectives.
-        self._wait = jax.default_backend() == "cpu" and jax.device_count() > 1
+        self._wait = jax.default_backend() == "cpu" and jax.device_count() > 1 and not self._target
 
     def __getitem__(self, key: Key) -> Callable:
         """Returns the program of `key`, compiled now if it is not there."""
@@ -236,5 +292,6 @@ class Switch(Generic[Key]):
             compiling = self._compiling.setdefault(key, threading.Lock())
         with compiling:
             if key not in self._programs:
-                self._programs[key] = self._build(key)(*self._shapes(key))
+                with target.programs_for(self._target):
+                    self._programs[key] = self._build(key)(*self._shapes(key))
         return key, time.perf_counter() - start

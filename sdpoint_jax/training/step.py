@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models import target
 from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.models.resnet import ResNet
-from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, parallel, shapes_of, shard
+from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, device_count, parallel, shapes_of, shard
 
 PyTree = Any
 _UPDATE = "update"  # The key of the program that all instances share.
@@ -56,7 +57,7 @@ class Control(NamedTuple):
     @classmethod
     def shapes(cls) -> "Control":
         """Returns the shapes of what `shard` makes."""
-        return cls(*[jax.ShapeDtypeStruct((jax.device_count(), 1), np.int32)] * 3)
+        return cls(*[jax.ShapeDtypeStruct((device_count(), 1), np.int32)] * 3)
 
 
 def create_state(
@@ -125,7 +126,7 @@ def _mean_over(function, parts, count):
 
     shapes = jax.eval_shape(function, **jax.tree.map(lambda x: x[0], parts))
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    if jax.default_backend() == "cpu":  # XLA's kernel gradients there are tens of times slower inside a loop.
+    if target.platform() == "cpu":  # XLA's kernel gradients there are tens of times slower inside a loop.
         for part in (jax.tree.map(operator.itemgetter(i), parts) for i in range(count)):
             total, _ = add(*jax.lax.optimization_barrier((total, part)))
     else:

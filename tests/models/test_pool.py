@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool, downsampled_size
+from sdpoint_jax.models.target import Target, programs_for
 
 # Input and output sides: divisible, periodic, irregular, unequal, to a single cell, and none at all.
 SIZES = [
@@ -83,3 +84,37 @@ def test_a_bfloat16_average_is_exact_but_for_its_last_rounding(before, after):
 )
 def test_the_downsampled_size_rounds_half_to_even_and_is_at_least_one(size, ratio, expected):
     assert downsampled_size(size, ratio) == expected
+
+
+DIVISIBLE = [((8, 8), (4, 4)), ((56, 28), (28, 7)), ((9, 6), (3, 6)), ((4, 4), (4, 4))]
+
+
+def _operations(pool, before, after, platform):
+    with programs_for(Target(platform)):
+        equations = jax.make_jaxpr(lambda x: pool(x, after))(_images(before)).eqns
+    return [equation.primitive.name for equation in equations]
+
+
+@pytest.mark.parametrize("pool", [adaptive_avg_pool, adaptive_max_pool])
+@pytest.mark.parametrize("before, after", SIZES + DIVISIBLE)
+def test_a_tpu_pools_by_its_own_operation_where_both_sizes_divide(pool, before, after):
+    divides = all(size % out == 0 for size, out in zip(before, after))
+    is_windowed = [name.startswith("reduce_window") for name in _operations(pool, before, after, "tpu")]
+    assert any(is_windowed) == divides
+    for platform in ("cpu", "gpu"):
+        assert not any(name.startswith("reduce_window") for name in _operations(pool, before, after, platform))
+
+
+@pytest.mark.parametrize("pool, reduce, atol", [(adaptive_avg_pool, np.mean, 2e-6), (adaptive_max_pool, np.max, 0)])
+@pytest.mark.parametrize("before, after", DIVISIBLE)
+def test_a_tpus_pools_and_gradients_equal_those_of_a_cpu(pool, reduce, atol, before, after):
+    x = _images(before)
+    weights = np.random.default_rng(1).standard_normal((2, *after, 3), np.float32)
+
+    def loss(x):
+        return (pool(x, after) * weights).sum()
+
+    gradient = jax.grad(loss)(x)
+    with programs_for(Target("tpu")):
+        np.testing.assert_allclose(pool(jnp.asarray(x), after), _brute_force(x, after, reduce), atol=atol)
+        np.testing.assert_allclose(jax.grad(loss)(x), gradient, atol=1e-6)

@@ -1,14 +1,17 @@
 import jax
+import numpy as np
 import pytest
 
+from sdpoint_jax.models import target
+from sdpoint_jax.models.target import Target, programs_for
 from sdpoint_jax.programs import devices
 
 
 @pytest.fixture(autouse=True)
 def _fresh_options():
-    devices.compiler_options.cache_clear()
+    devices._options_for_cpu.cache_clear()
     yield
-    devices.compiler_options.cache_clear()
+    devices._options_for_cpu.cache_clear()
 
 
 def test_every_option_is_one_that_this_xla_knows():
@@ -29,3 +32,47 @@ def test_a_flag_of_the_environment_stands(monkeypatch):
 def test_an_accelerator_gets_no_options_of_ours(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert devices.compiler_options() == {}
+
+
+def _mean_and_rows(scale, rows):
+    return jax.lax.pmean(rows.sum() * scale, devices.AXIS), {"rows": rows * scale}
+
+
+def test_an_exported_program_computes_what_the_program_of_one_device_does():
+    in_axes, out_axes = (devices.REPLICATED, devices.SHARDED), (devices.REPLICATED, devices.SHARDED)
+    with programs_for(Target("cpu")):
+        assert devices.device_count() == 1
+        shapes = jax.ShapeDtypeStruct((), np.float32), devices.shape_of_shards((3, 2), np.float32)
+        exported = devices.parallel(_mean_and_rows, in_axes=in_axes, out_axes=out_axes)(*shapes)
+    assert exported.platforms == ("cpu",)
+    rows = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+    mean, sharded = jax.jit(exported.call)(np.float32(2), rows)
+    assert mean == 30
+    np.testing.assert_array_equal(sharded["rows"], 2 * rows)
+
+
+def test_a_target_is_that_of_its_context_and_of_the_switch_that_was_made_in_it():
+    def double(x):
+        seen.append(target.platform())
+        return 2 * x
+
+    seen, shape = [], jax.ShapeDtypeStruct((), np.float32)
+    with programs_for(Target("tpu")):
+        switch = devices.Switch(lambda key: devices.on_device(double, jax.devices()[0]), lambda key: (shape,))
+        assert devices.compiler_options() == {}
+    assert target.current() is None and target.platform() == "cpu"
+    assert list(switch.compile(["only"])) and seen == ["tpu"]  # In a thread of its own.
+    assert switch._programs["only"].platforms == ("tpu",)
+    devices.on_device(double, jax.devices()[0])(shape)  # Traced anew, not taken from the trace for the target.
+    assert seen == ["tpu", "cpu"]
+
+
+def test_a_program_for_absent_devices_is_not_kept_on_disk(monkeypatch):
+    monkeypatch.setattr(devices.cache, "fetch", lambda *_: pytest.fail("kept"))
+    with programs_for(Target.of(tuple(jax.devices()[:2]))):  # Of the same kind as those at hand, so that it compiles.
+        assert devices.device_count() == 2
+        assert devices.shape_of_shards((6, 5), np.uint8).shape == (2, 3, 5)
+        shapes = jax.ShapeDtypeStruct((), np.float32), devices.shape_of_shards((4, 2), np.float32)
+        axes = (devices.REPLICATED, devices.SHARDED)
+        program = devices.parallel(_mean_and_rows, in_axes=axes, out_axes=axes)(*shapes)
+    assert program.memory_analysis().argument_size_in_bytes == 4 + 2 * 2 * 4

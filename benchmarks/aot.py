@@ -1,0 +1,294 @@
+"""The project's programs for accelerators that are not here: do they compile, do they fit, what limits them?
+
+    python benchmarks/aot.py --target=export:tpu --net=preresnet50:224:128        # seconds; needs nothing more
+    python benchmarks/aot.py --target=tpu:v5e:2x2 --net=resnet50:224:128 --json=aot.json
+    python benchmarks/aot.py --target=gpu:h100:h100_sxm.txtpb:1x1x4 --net=resnet50:224:256
+
+The batch size is that of one device. Targets:
+
+    export:tpu, export:cuda   traces and lowers for one device of the platform, and compiles nothing
+    tpu:TOPOLOGY              compiles for v4:2x2x1, v5p:2x2x1, v5e:2x2, v5e:4x4 (four hosts), v6e:2x2, ...; needs the
+                              package libtpu beside the installed jax, as `pip install -e .[tpu]` brings it
+    gpu:NAME:FILE:TOPOLOGY    compiles for the GPU that a target configuration of XLA describes, as those in its
+                              repository under xla/backends/gpu/target_config/specs; needs `pip install -e .[cuda12]`
+    cpu                       compiles for one CPU device, as JAX finds it here
+
+Each program is compiled by itself, and its work is CPU-seconds of this process. `roofline` is the estimate of
+`python -m sdpoint_jax cost --device` for the same program, `compiler` the sum of the cycles that the TPU compiler
+expects of each instruction (without those of select-and-scatter and custom calls, which it does not estimate).
+Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. Nothing
+runs on the target.
+"""
+
+import functools
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+# Compiling for an absent TPU: no search for one, and several processes may load its library.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from common import report
+from common.workload import OPTIMIZER, SCHEDULE, Setting, preprocess
+from jax.experimental import topologies
+
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.target import Target, programs_for
+from sdpoint_jax.profiling import roofline
+from sdpoint_jax.profiling.macs import count_cost
+from sdpoint_jax.programs.devices import device_count, shape_of_shards, shapes_of
+from sdpoint_jax.programs.evaluator import Evaluator
+from sdpoint_jax.programs.inference import InferencePrograms
+from sdpoint_jax.training.step import TrainPrograms, TrainState
+
+PRESETS = {
+    "small": dict(target="export:tpu", net="resnet20:32:128", dtype="bfloat16", instances="3", programs="all"),
+    "tpu": dict(target="tpu:v5e:2x2", net="resnet50:224:128", dtype="bfloat16", instances="3", programs="gradient"),
+}
+PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference")
+WHOLE = ("gradient", "update", "inference")  # Of the whole net; the others are of the layers after a point.
+# Of TPUs: their peak rate over what their matrix units do in a cycle.
+GIGAHERTZ = {"tpu-v4": 1.05, "tpu-v5e": 1.5, "tpu-v5p": 1.75}
+
+
+class Place(NamedTuple):
+    """Where programs are to run.
+
+    Attributes:
+        target: the devices, or their platform alone.
+        device: the name of the roofline's device; None if it has none of that kind.
+    """
+
+    target: Target
+    device: str | None
+
+
+def parse_target(text: str) -> Place:
+    """Looks up what a `--target` names.
+
+    Raises:
+        ValueError: it is none of the valid forms.
+    """
+    kind, _, rest = text.partition(":")
+    match kind, rest.split(":"):
+        case "cpu", [""]:
+            return Place(Target.of((jax.devices()[0],)), None)
+        case "export", [("tpu" | "cuda") as platform]:
+            return Place(Target("gpu" if platform == "cuda" else platform), None)
+        case "tpu", [generation, _]:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=rest)
+            device = f"tpu-{generation}"
+        case "gpu", [device, path, topology]:
+            with open(path) as file:
+                config = file.read()
+            found = topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology)
+        case _:
+            raise ValueError(f"target {text!r}: valid are cpu, export:tpu, export:cuda, tpu:v5e:2x2 and the like")
+    return Place(Target.of(tuple(found.devices)), device if device in roofline.DEVICES else None)
+
+
+class Programs:
+    """The project's programs for a target, from shapes alone: `compile(kind, instance)`."""
+
+    def __init__(self, setting: Setting, dtype: str, target: Target, instances: list[SDPointInstance]):
+        model = setting.model(dtype)
+        images = jax.ShapeDtypeStruct((1, *setting.image_shape), np.float32)
+        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+        params = shapes_of(variables["params"])
+        state = TrainState(jax.ShapeDtypeStruct((), np.int32), params, jax.eval_shape(OPTIMIZER.init, params))
+        common = dict(model=model, preprocess=preprocess)
+        with programs_for(target):
+            batch_size = setting.batch_size * device_count()
+            batch = {
+                "images": shape_of_shards((batch_size, *setting.image_shape), np.uint8),
+                "labels": shape_of_shards((batch_size,), np.int32),
+            }
+            self._training = TrainPrograms(state, batch, optimizer=OPTIMIZER, schedule=SCHEDULE, **common)
+            shapes = dict(image_shape=setting.image_shape, preprocess=preprocess)
+            self._evaluator = Evaluator(model, instances, batch_size=batch_size, **shapes)
+            self._inference = InferencePrograms(model, **shapes)
+        self._batch_size = setting.batch_size
+
+    def compile(self, kind: str, instance: SDPointInstance) -> Any:
+        """Compiles, or exports, one program; those that evaluate are of the layers after the instance's point."""
+        if kind == "gradient":
+            return self._training.gradients(instance)
+        if kind == "update":
+            return self._training._programs["update"]  # Of no instance, which is why the class hides it.
+        if kind == "inference":
+            return self._inference[instance, self._batch_size]
+        return self._evaluator._programs[kind, instance]
+
+
+def measure(programs: Programs, kind: str, instance: SDPointInstance) -> dict:
+    """Compiles one program; returns its work and what the compiler says of it."""
+    start = time.process_time()
+    program = programs.compile(kind, instance)
+    row = {"program": kind, "instance": instance.name, "cpu_seconds": time.process_time() - start}
+    if isinstance(program, jax.export.Exported):
+        return (
+            row | {"bytes_of_module": len(program.mlir_module_serialized)} | count_convolutions(program.mlir_module())
+        )
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    text = program.as_text() or ""
+    return row | {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "donated": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": getattr(memory, "peak_memory_in_bytes", 0)
+        or memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+        "flops": cost.get("flops"),
+        "bytes": cost.get("bytes accessed"),
+        "cycles": estimated_cycles(text),
+        "float32_convolutions": len(re.findall(r"= f32\[[^=]*? convolution\(f32", text)),
+    }
+
+
+def count_convolutions(module: str) -> dict:
+    """Counts the convolutions and matrix products of a StableHLO module, and those convolutions that take float32."""
+    convolutions = re.findall(r"stablehlo\.convolution\(.*?: \(tensor<[^>]*?x(\w+)>", module)
+    return {
+        "convolutions": len(convolutions),
+        "float32_convolutions": convolutions.count("f32"),
+        "products": module.count("stablehlo.dot_general"),
+    }
+
+
+def estimated_cycles(text: str) -> int | None:
+    """Sums the cycles that the TPU compiler expects of the instructions of a program's entry; None without any."""
+    entry = text[text.find("\nENTRY") :].partition("\n}")[0]
+    cycles = [int(number) for number in re.findall(r'"estimated_cycles":"([0-9]+)"', entry)]
+    return sum(cycles) or None
+
+
+def estimate(setting: Setting, dtype: str, kind: str, instance: SDPointInstance, device: str | None) -> dict:
+    """Returns what shapes say of a program: MACs, activations, and for a known device bytes and time."""
+    if kind not in WHOLE:
+        return {}
+    model = setting.model(dtype)
+    cost = count_cost(model, instance, setting.image_size)
+    counted = {"macs": cost.macs, "activations": cost.activations} if kind != "update" else {}
+    passes = roofline.list_passes(model, instance, setting.image_size, setting.batch_size, training=kind != "inference")
+    passes = [one for one in passes if (one.name == "update") == (kind == "update")]
+    counted["counted_bytes"] = sum(one.bytes for one in passes)
+    if device:
+        seconds = sum(one.seconds(roofline.get_device(device), model.dtype) for one in passes)
+        counted["roofline_ms"] = 1e3 * seconds
+    return counted
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Computes Spearman's coefficient; equal values share the mean of their ranks."""
+
+    def ranks(values):
+        return [np.mean([i for i, other in enumerate(sorted(values)) if other == value]) for value in values]
+
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+def choose(text: str, setting: Setting) -> list[SDPointInstance]:
+    """Picks instances by their names, or a number of them that spread over the net; full resolution comes first."""
+    if not text.isdecimal():
+        named = [SDPointInstance.from_name(name) for name in text.split(",")]
+        return list(dict.fromkeys([FULL_RESOLUTION, *named]))
+    return list(report.spread(setting.model().instances(), int(text)))
+
+
+COLUMNS = {  # Heading, key, scale and format of a table's cell.
+    "CPU-s": ("cpu_seconds", 1, ".1f"),
+    "peak, GiB": ("peak", 2**30, ".2f"),
+    "GFLOP": ("flops", 1e9, ".0f"),
+    "GB": ("bytes", 1e9, ".2f"),
+    "counted GB": ("counted_bytes", 1e9, ".2f"),
+    "roofline, ms": ("roofline_ms", 1, ".2f"),
+    "compiler, ms": ("compiler_ms", 1, ".2f"),
+}
+RATIOS = {
+    "MACs": "macs",
+    "activations": "activations",
+    "bytes": "bytes",
+    "counted": "counted_bytes",
+    "roofline": "roofline_ms",
+    "compiler": "cycles",
+}
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """Adds to each row its `ratios` to that of the same program at full resolution; none for parts of the net."""
+    full = {row["program"]: row for row in rows if row["instance"] == FULL_RESOLUTION.name}
+    for row in rows:
+        whole = full[row["program"]] if row["program"] in WHOLE else {}
+        row["ratios"] = {name: row[key] / whole[key] for name, key in RATIOS.items() if row.get(key) and whole.get(key)}
+
+
+def correlate(rows: list[dict]) -> dict[str, dict]:
+    """Computes, per program, how well each count ranks the instances as the compiler does, and of how many."""
+    found = {}
+    for kind in PROGRAMS:
+        known = [row for row in rows if row["program"] == kind and row.get("cycles") and row.get("roofline_ms")]
+        if len(known) > 2:
+            cycles = [row["cycles"] for row in known]
+            keys = ("macs", "activations", "counted_bytes", "roofline_ms")
+            found[kind] = {key: rank_correlation([row[key] for row in known], cycles) for key in keys}
+            found[kind]["n"] = len(known)
+    return found
+
+
+def show(row: dict) -> str:
+    """Formats a line of the table."""
+    if "bytes_of_module" in row:
+        counts = (
+            f"{row[name]} {name.replace('_', ' ')}" for name in ("convolutions", "float32_convolutions", "products")
+        )
+        return f"{row['program']:<12}{row['instance']:<12}{row['cpu_seconds']:>8.1f}  {', '.join(counts)}"
+    cells = (f"{row[key] / scale:>14{form}}" if row.get(key) else f"{'-':>14}" for key, scale, form in COLUMNS.values())
+    ratios = ", ".join(f"{name} {value:.0%}" for name, value in row["ratios"].items())
+    return f"{row['program']:<12}{row['instance']:<12}{''.join(cells)}  {ratios}"
+
+
+def run(target: str, net: str, dtype: str, instances: str, programs: str) -> list[dict]:
+    """Compiles the programs that the flags name; returns a row for each."""
+    place, setting = parse_target(target), Setting.parse(net)
+    chosen = choose(instances, setting)
+    kinds = PROGRAMS if programs == "all" else programs.split(",")
+    compiled, rows = Programs(setting, dtype, place.target, chosen), []
+    for kind in kinds:
+        for instance in chosen if kind != "update" else chosen[:1]:
+            row = measure(compiled, kind, instance) | estimate(setting, dtype, kind, instance, place.device)
+            if row.get("cycles") and place.device in GIGAHERTZ:
+                row["compiler_ms"] = row["cycles"] / GIGAHERTZ[place.device] / 1e6
+            rows.append(row)
+            add_ratios(rows)
+            print(show(row), flush=True)
+    return rows
+
+
+def main():
+    options = report.parse(
+        __doc__,
+        PRESETS,
+        target=(str, "see above"),
+        instances=(str, "how many, spread over the net, or their names"),
+        programs=(str, f"some of {','.join(PROGRAMS)}, or all"),
+    )
+    print(report.heading())
+    print(f"{'program':<12}{'instance':<12}{''.join(f'{name:>14}' for name in COLUMNS)}  of full resolution")
+    rows = run(options.target, options.net, options.dtype, options.instances, options.programs)
+    correlations = correlate(rows)
+    for kind, found in correlations.items():
+        print(f"{kind}: rank correlation with the compiler's estimate: {found}")
+    device = parse_target(options.target).device
+    if device and roofline.get_device(device).memory_gib:
+        fullest = max(row["peak"] for row in rows)
+        print(f"fullest: {fullest / 2**30:.2f} of {roofline.get_device(device).memory_gib} GiB")
+    report.write(options.json, options, programs=rows, rank_correlations=correlations)
+
+
+if __name__ == "__main__":
+    main()

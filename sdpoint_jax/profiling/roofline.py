@@ -1,0 +1,314 @@
+"""What an SDPoint instance moves through an accelerator's memory, and how long it takes at peak rates, from shapes.
+
+Fewer MACs save no time where memory is the limit: on accelerators, most layers of a residual net in training are. A
+*pass* is one trip of the activations through an operation: forward, or, in training, one of those of its backward
+pass. It takes as long as its arithmetic at the device's peak rate, or as its bytes at its bandwidth, whichever is
+longer (the roofline model, Williams, Waterman & Patterson 2009); passes follow one another.
+
+What is counted, in elements of the computation's dtype, for an operation from `input` to `output`:
+
+    operation        inference         training, forward     training, backward
+    convolution      input + output    input + output        input gradient: output + input (not for the images)
+                                                             kernel gradient: output + input
+    norm             0                 2 outputs             sums: 2 outputs; input gradient: 3 outputs
+    add              output            output                3 outputs
+    max-pool         input + output    input + output        2 inputs + output
+    average pool     input + output    input + output        input + output
+    classifier       input + output    input + output        as a convolution
+
+which assumes that a compiler fuses as XLA does:
+
+    - A convolution's result is added up for the statistics of its norm as it is written.
+    - In inference, norm, ReLU and addition work on the convolution's result before it is written: an addition reads
+      the shortcut, and no more.
+    - In training, normalising and ReLU are one pass, which reads and writes. Of its backward pass, the sums over the
+      batch come first; both read the gradient and the norm's input.
+    - Where two branches meet, their gradients are read, added up and written; ReLUs are masked along the way.
+    - Nothing stays in a cache from one pass to the next, and layouts need no copies or padding.
+
+Weights are read once per batch, as float32; in training a second time for the input gradient, and their gradients are
+written. The update of momentum SGD reads parameters, momentum and gradients, and writes the first two. Not counted:
+the images before they have the computation's dtype, the loss, and what devices exchange with each other.
+
+    python -m sdpoint_jax cost --model=resnet50 --image-size=224 --device=tpu-v5e --batch-size=128
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.profiling.macs import Operation, count_macs, list_operations
+
+_WEIGHT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Peak rates of one accelerator.
+
+    Attributes:
+        name: as in a flag.
+        bfloat16_tflops: 10^12 floating-point operations a second, two of them per multiply-accumulate, in bfloat16.
+        float32_tflops: likewise for float32 operands at JAX's default precision: on a TPU one pass in bfloat16, on a
+            GPU TensorFloat-32.
+        bandwidth_gbps: 10^9 bytes a second, of the main memory.
+        memory_gib: size of that memory in 2^30 bytes; None if not known.
+        matrix_side: rows and columns of a matrix unit, which takes the kernel's weights in blocks of that size: what a
+            block lacks is padded with zeros. 1 for no such padding.
+    """
+
+    name: str
+    bfloat16_tflops: float
+    float32_tflops: float
+    bandwidth_gbps: float
+    memory_gib: float | None = None
+    matrix_side: int = 1
+
+    def __post_init__(self):
+        for field in ("bfloat16_tflops", "float32_tflops", "bandwidth_gbps", "matrix_side"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} {getattr(self, field)} of device {self.name}: must be more than 0")
+
+    def peak_flops(self, dtype: Any) -> float:
+        """Returns floating-point operations a second in the computation's `dtype`."""
+        return 1e12 * (self.bfloat16_tflops if jnp.dtype(dtype) == jnp.bfloat16 else self.float32_tflops)
+
+
+def _tpu(name, tflops, bandwidth_gbps, memory_gib, matrix_side=128):
+    return Device(name, tflops, tflops, bandwidth_gbps, memory_gib, matrix_side)
+
+
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture", for one chip; v5p lists 95 GB. A matrix unit
+# is 128 x 128, from v6e on 256 x 256. GPUs, of the SXM form, without sparsity: NVIDIA's data sheets "A100 Tensor Core
+# GPU" (80 GB), "H100 Tensor Core GPU" and "H200 Tensor Core GPU", which list the last two's rates with sparsity, twice
+# as high.
+DEVICES = {
+    device.name: device
+    for device in (
+        _tpu("tpu-v4", 275, 1200, 32),
+        _tpu("tpu-v5e", 197, 819, 16),
+        _tpu("tpu-v5p", 459, 2765, 95),
+        _tpu("tpu-v6e", 918, 1638, 32, matrix_side=256),
+        Device("a100", 312, 156, 2039, 80),
+        Device("h100", 989.5, 494.5, 3350, 80),
+        Device("h200", 989.5, 494.5, 4800, 141),
+    )
+}
+
+
+def get_device(name: str) -> Device:
+    """Returns the device called `name`.
+
+    Raises:
+        ValueError: unknown name; lists the known ones.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"device {name!r}: known are {', '.join(DEVICES)}; any other by its peak rates")
+    return DEVICES[name]
+
+
+class Pass(NamedTuple):
+    """One trip of a batch through an operation.
+
+    Attributes:
+        name: of the operation, and what the pass does, as in `block_03/conv1 kernel_gradient`.
+        operation: that of one image; None for the update.
+        macs: multiply-accumulates of the batch.
+        bytes: read from and written to memory.
+    """
+
+    name: str
+    operation: Operation | None
+    macs: int
+    bytes: int
+
+    def seconds(self, device: Device, dtype: Any) -> float:
+        """Estimates the time of the pass: that of its arithmetic or of its bytes, whichever is longer."""
+        macs = self.macs * _padding(self.operation, device.matrix_side) if self.operation else 0
+        return max(2 * macs / device.peak_flops(dtype), self.bytes / (1e9 * device.bandwidth_gbps))
+
+
+def list_passes(
+    model: ResNet,
+    instance: SDPointInstance,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    *,
+    training: bool,
+    channels: int = 3,
+) -> tuple[Pass, ...]:
+    """Lists the passes of one batch, in the model's dtype.
+
+    Args:
+        model: the net, without variables.
+        instance: one that the net has.
+        image_size: side, or (height, width), in pixels.
+        batch_size: images on one device.
+        training: forward, backward and update instead of inference.
+        channels: of the images.
+
+    Raises:
+        ValueError: a batch of no images, and as `macs.list_layers`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: at least 1")
+    operations = list_operations(model, instance, image_size, channels)
+    itemsize = jnp.dtype(model.dtype).itemsize
+    passes = [
+        _pass(operation, does, elements * itemsize, batch_size)
+        for index, operation in enumerate(operations)
+        for does, elements in _elements(operation, training, is_first=index == 0)
+    ]
+    if training:
+        params = sum(operation.params for operation in operations)
+        passes.append(Pass("update", None, 0, 5 * _WEIGHT_BYTES * params))
+    return tuple(passes)
+
+
+def _pass(operation, does, image_bytes, batch_size):
+    macs = batch_size * operation.macs
+    return Pass(
+        f"{operation.name} {does}", operation, macs, batch_size * image_bytes + _WEIGHT_BYTES * operation.weights
+    )
+
+
+def _elements(operation: Operation, training: bool, is_first: bool) -> Iterator[tuple[str, int]]:
+    """Lists what an operation does to one image, and how many elements each pass reads and writes."""
+    i, o = math.prod(operation.input), math.prod(operation.output)
+    match operation.kind:
+        case "convolution" | "dense":
+            yield "forward", i + o
+            if training and not is_first:
+                yield "input_gradient", i + o
+            if training:
+                yield "kernel_gradient", i + o
+        case "norm" if training:
+            yield from (("forward", 2 * o), ("sums", 2 * o), ("input_gradient", 3 * o))
+        case "add":
+            yield "forward", o
+            if training:
+                yield "input_gradient", 3 * o
+        case "max_pool" | "average_pool":
+            yield "forward", i + o
+            if training:
+                yield "input_gradient", (2 if operation.kind == "max_pool" else 1) * i + o
+
+
+def _padding(operation, side):
+    """Returns how many times the multiply-accumulates grow where the kernel, a matrix, is padded to whole blocks.
+
+    The matrix has a row for each weight of an output channel. A convolution in groups is, if that is less, computed as
+    one without: a matrix whose weights between groups are zeros.
+    """
+    if not operation.weights:
+        return 1.0
+    window, groups, (*_, inputs), (*_, outputs) = (
+        operation.kernel**2,
+        operation.groups,
+        operation.input,
+        operation.output,
+    )
+
+    def padded(groups):
+        return groups * _round_up(window * (inputs // groups), side) * _round_up(outputs // groups, side)
+
+    return min(padded(groups), padded(1)) / operation.weights
+
+
+def _round_up(size, multiple):
+    return -(-size // multiple) * multiple
+
+
+def count_bytes(
+    model: ResNet,
+    instance: SDPointInstance,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    *,
+    training: bool,
+    channels: int = 3,
+) -> int:
+    """Counts the bytes that one batch reads from and writes to memory: activations and weights.
+
+    Args, Raises: see `list_passes`. The assumptions stand at the head of this module.
+    """
+    passes = list_passes(model, instance, image_size, batch_size, training=training, channels=channels)
+    return sum(one.bytes for one in passes)
+
+
+def estimate_seconds(
+    model: ResNet,
+    instance: SDPointInstance,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    device: Device,
+    *,
+    training: bool,
+    channels: int = 3,
+) -> float:
+    """Estimates the seconds of one batch on one device: a step of training, or the inference of its images.
+
+    It is of use as a ratio between instances: real programs reach neither peak rate, pay for what the head of this
+    module leaves out, and save bytes where activations fit into a device's faster memory.
+
+    Args:
+        device: its peak rates; see `DEVICES`.
+        model, instance, image_size, batch_size, training, channels: see `list_passes`.
+
+    Raises:
+        ValueError: see `list_passes`.
+    """
+    passes = list_passes(model, instance, image_size, batch_size, training=training, channels=channels)
+    return sum(one.seconds(device, model.dtype) for one in passes)
+
+
+def format_estimates(
+    model: ResNet,
+    instances: Sequence[SDPointInstance],
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    device: Device | None = None,
+    channels: int = 3,
+) -> str:
+    """Formats what `instances` cost as a table, in inference and in training; percentages are of full resolution.
+
+    Args:
+        device: its peak rates, for estimates of the time; None for bytes alone.
+        model, image_size, batch_size, channels: see `list_passes`.
+
+    Raises:
+        ValueError: see `list_passes`.
+    """
+
+    def costs(instance):
+        yield count_macs(model, instance, image_size, channels)
+        for training in (False, True):
+            passes = list_passes(model, instance, image_size, batch_size, training=training, channels=channels)
+            yield sum(one.bytes for one in passes)
+            if device:
+                yield sum(one.seconds(device, model.dtype) for one in passes)
+
+    columns = ["GMACs"]
+    scales = [1e9]
+    for does in ("inference", "training"):
+        columns += [f"{does}, MB"] + ([f"{does}, ms"] if device else [])
+        scales += [1e6 * batch_size] + ([1e-3] if device else [])
+    full = tuple(costs(FULL_RESOLUTION))
+    lines = [f"{'instance':<12}" + "".join(f"{column:>16}{'%':>8}" for column in columns)]
+    for instance in instances:
+        cells = zip(costs(instance), full, scales)
+        row = "".join(f"{value / scale:>16.4g}{value / whole:>8.1%}" for value, whole, scale in cells)
+        lines.append(f"{instance.name:<12}{row}")
+    dtype = jnp.dtype(model.dtype).name
+    lines.append(f"GMACs and MB (10^6 bytes that memory moves) for one image, in {dtype} and batches of {batch_size}")
+    if device:
+        rates = f"{device.peak_flops(dtype) / 1e12:g} TFLOP/s, {device.bandwidth_gbps:g} GB/s"
+        lines.append(
+            f"ms for one batch on one device, {device.name}, at its peak rates ({rates}): the least it can take"
+        )
+    return "\n".join(lines)
