@@ -21,7 +21,7 @@ IMPORTS = {
     "profiling": {"instance", "models"},
     "experiment": {"config", "data", "instance", "models"},
     "evaluation": {"config", "experiment", "instance", "profiling", "programs", "progress", "storage"},
-    "training": {"config", "experiment", "instance", "models", "programs", "progress", "storage"},
+    "training": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
     "serving": {"instance", "models", "programs", "storage"},
     "cli": {
         "config",
