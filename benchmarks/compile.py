@@ -53,7 +53,7 @@ class NaiveTraining(Training):
 
         def build(instance):
             def step(state, control, batch):
-                grads, metrics = steps.gradient_step(state.params, control, batch, instance=instance, **kwargs)
+                grads, metrics = steps.gradient_step(state.params, control, batch, instances=(instance,), **kwargs)
                 return steps.update_step(state, control, grads, metrics, optimizer=OPTIMIZER, schedule=SCHEDULE)
 
             axes = (REPLICATED, SHARDED, SHARDED)

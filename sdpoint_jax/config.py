@@ -64,6 +64,14 @@ def default_config() -> ConfigDict:
     config.ratios = (0.5, 0.75)  # With "all": downsampling ratios.
     config.sampling = "uniform"  # Or legacy; see sdpoint_jax.instance.
 
+    config.instances_per_step = 1  # More share, in each step, every layer before a point.
+    config.step_instances = "sandwich"  # Of those: full resolution and the cheapest; or full, or drawn. The rest drawn.
+    config.distillation = (
+        0.0  # Share of the loss from soft targets: of full resolution, for the others; or of a teacher.
+    )
+    config.distillation_temperature = 1.0
+    config.teacher = ""  # A checkpoint of a trained net, whose soft targets then are for all instances.
+
     config.num_epochs = 100.0
     config.batch_size = 64  # Global: over all devices of all hosts.
     config.microbatches = 1  # Passes over which a device's batch is split, for less memory.
@@ -129,21 +137,37 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(f"config.dataset.std {tuple(flat['dataset.std'])}: must be positive")
     if not 0 <= flat["label_smoothing"] < 1:
         raise ValueError(f"config.label_smoothing {flat['label_smoothing']}: at least 0, less than 1")
+    _check_distillation(flat)
+
+
+def _check_distillation(flat):
+    weight, teacher = flat["distillation"], flat["teacher"]
+    if not 0 <= weight <= 1:
+        raise ValueError(f"config.distillation {weight}: a share of the loss, at least 0, at most 1")
+    if teacher and not weight:
+        raise ValueError(f"config.teacher {teacher}: with config.distillation 0.0 it teaches nothing")
+    if weight and not teacher and (flat["instances_per_step"] == 1 or flat["step_instances"] == "drawn"):
+        raise ValueError(
+            f"config.distillation {weight}: needs config.teacher, or full resolution in every step: "
+            "config.instances_per_step of at least 2 and config.step_instances sandwich or full"
+        )
 
 
 _CHOICES = {
+    "step_instances": ("sandwich", "full", "drawn"),
     "schedule": ("cosine", "step"),
     "reestimate_images": ("augmented", "clean"),
     "on_nonfinite": ("error", "skip"),
     "on_log_error": ("error", "continue"),
     "dataset.on_bad_image": ("error", "skip"),
 }
-_POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs")
+_POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs", "distillation_temperature")
 _LOWEST = {
     "seed": 0,
     "batch_size": 1,
     "evaluation_batch_size": 1,
     "microbatches": 1,
+    "instances_per_step": 1,
     "reestimate_batches": 1,
     "checkpoint_every_steps": 1,
     "checkpoint_every_minutes": 0,

@@ -94,26 +94,11 @@ class Experiment:
 
     def check_params(self, params: Any, source: str) -> None:
         """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes."""
-        self._check_variables("params", params, source)
+        check_variables(self.model, self.config.model.name, self, params, source)
 
     def check_statistics(self, statistics: Any, source: str) -> None:
         """Raises ValueError, naming `source`, unless `statistics` are `batch_stats` of this net."""
-        self._check_variables("batch_stats", statistics, source)
-
-    def _check_variables(self, kind, given, source):
-        images = jax.ShapeDtypeStruct((1, *self.image_shape), np.float32)
-        variables = jax.eval_shape(functools.partial(self.model.init, train=False), jax.random.key(0), images)
-        wanted, given = (
-            {name: value.shape for name, value in traverse_util.flatten_dict(tree, sep="/").items()}
-            for tree in (variables.get(kind, {}), given)
-        )
-        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        if wrong:
-            listed = ", ".join(f"{name} {given.get(name)}, needs {wanted.get(name)}" for name in wrong[:3])
-            raise ValueError(
-                f"{source}: does not fit {self.config.model.name} for {self.dataset.num_classes} classes "
-                f"and {self.dataset.channels} channels: {listed}{' ...' if len(wrong) > 3 else ''}"
-            )
+        check_variables(self.model, self.config.model.name, self, statistics, source, kind="batch_stats")
 
     def training_batches(self, start_step: int) -> data.Batches:
         """Reads this host's share of the training batches from `start_step` on, without end."""
@@ -151,4 +136,32 @@ class Experiment:
             num_workers=dataset.num_workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+        )
+
+
+def check_variables(
+    model: ResNet, name: str, experiment: Experiment, given: Any, source: str, *, kind: str = "params"
+) -> None:
+    """Raises ValueError unless variables are those of a net for the images and classes of an experiment.
+
+    Args:
+        model: the net.
+        name: of the net, for the message.
+        experiment: has the images and classes.
+        given: nested dicts of arrays.
+        source: where they are from, for the message.
+        kind: `params` or `batch_stats`.
+    """
+    images = jax.ShapeDtypeStruct((1, *experiment.image_shape), np.float32)
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    wanted, given = (
+        {key: value.shape for key, value in traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (variables.get(kind, {}), given)
+    )
+    wrong = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
+    if wrong:
+        listed = ", ".join(f"{key} {given.get(key)}, needs {wanted.get(key)}" for key in wrong[:3])
+        raise ValueError(
+            f"{source}: does not fit {name} for {experiment.dataset.num_classes} classes "
+            f"and {experiment.dataset.channels} channels: {listed}{' ...' if len(wrong) > 3 else ''}"
         )

@@ -175,3 +175,63 @@ def sample_instance(
     # Seeded by a string, Python's generator gives the same `random()` in all versions.
     generator = random.Random(f"sdpoint {operator.index(seed)} {operator.index(step)}")
     return SAMPLINGS[sampling](generator.random, instances)
+
+
+def sample_set(
+    seed: int,
+    step: int,
+    instances: Sequence[SDPointInstance],
+    count: int = 1,
+    *,
+    always: Sequence[SDPointInstance] = (),
+    sampling: str = "uniform",
+) -> tuple[SDPointInstance, ...]:
+    """Draws the instances that one training step trains together, as `sample_instance` draws one.
+
+    One instance is drawn besides those that are trained `always`. Where more are wanted, it brings companions: those
+    at even distances from it in the list. So there are at most as many sets, each a program, as instances to draw.
+
+    Args:
+        seed, step, sampling: see `sample_instance`.
+        instances: all of the run, in a fixed order.
+        count: of the instances of a step.
+        always: in every set; fewer than `count`, or as many, and then nothing is drawn.
+
+    Returns:
+        the set, in the order of `instances`.
+    """
+    others = _others(instances, always)
+    if count == len(always):
+        return _ordered(always, instances)
+    drawn = sample_instance(seed, step, others, sampling)
+    return _ordered((*always, *_with_companions(drawn, others, count - len(always))), instances)
+
+
+def list_sets(
+    instances: Sequence[SDPointInstance], count: int = 1, always: Sequence[SDPointInstance] = ()
+) -> tuple[tuple[SDPointInstance, ...], ...]:
+    """Lists the sets that `sample_set` can draw, by the same arguments."""
+    others = _others(instances, always)
+    if count == len(always):
+        return (_ordered(always, instances),)
+    drawn = (_with_companions(instance, others, count - len(always)) for instance in others)
+    return tuple(dict.fromkeys(_ordered((*always, *group), instances) for group in drawn))
+
+
+def _others(instances, always):
+    return [instance for instance in instances if instance not in always]
+
+
+def _ordered(chosen, instances):
+    return tuple(instance for instance in instances if instance in chosen)
+
+
+def _with_companions(drawn, others, count):
+    """Returns `count` of the others, `drawn` among them, at even distances in the ring that they form."""
+    first, size = others.index(drawn), len(others)
+    return [others[(first + index * size // count) % size] for index in range(count)]
+
+
+def set_name(instances: Sequence[SDPointInstance]) -> str:
+    """Names a set by its instances, as `full+p01_r0.50`."""
+    return "+".join(instance.name for instance in instances)

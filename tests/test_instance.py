@@ -12,7 +12,10 @@ from sdpoint_jax.instance import (
     STEM,
     SDPointInstance,
     list_instances,
+    list_sets,
     sample_instance,
+    sample_set,
+    set_name,
 )
 from sdpoint_jax.models.registry import create_model
 
@@ -167,6 +170,36 @@ def test_draws_outside_of_the_settings_are_errors():
         sample_instance(0, 0, [FULL_RESOLUTION], "paper")
     with pytest.raises(ValueError, match="legacy sampling .*full resolution"):
         sample_instance(0, 0, [SDPointInstance(1, 0.5)], "legacy")
+
+
+def test_a_set_of_one_is_the_draw_of_one():
+    instances = _instances(BASIC)
+    for step in range(100):
+        assert sample_set(3, step, instances) == (sample_instance(3, step, instances),)
+    assert list_sets(instances) == tuple((instance,) for instance in instances)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+@pytest.mark.parametrize("name", [BASIC, BOTTLENECK])
+def test_sets_are_as_many_as_instances_and_hold_what_they_should(name, count):
+    instances = _instances(name)
+    always = (FULL_RESOLUTION, instances[1])
+    sets = list_sets(instances, count, always)
+    assert len(sets) == (1 if count == 2 else len(set(sets))) <= len(instances) - 2
+    for drawn in sets:
+        assert len(set(drawn)) == count and set(always) <= set(drawn)
+        assert list(drawn) == [instance for instance in instances if instance in drawn]
+    assert {sample_set(0, step, instances, count, always=always) for step in range(2000)} == set(sets)
+
+
+def test_companions_leave_every_instance_the_same_chance():
+    instances = _instances(BASIC)
+    counts = collections.Counter(i for s in list_sets(instances, 4, (FULL_RESOLUTION,)) for i in s)
+    assert counts.pop(FULL_RESOLUTION) > 0 and len(set(counts.values())) == 1 and len(counts) == len(instances) - 1
+
+
+def test_a_set_is_named_after_its_instances():
+    assert set_name((FULL_RESOLUTION, SDPointInstance(1, 0.5))) == "full+p01_r0.50"
 
 
 def test_instances_are_known_without_jax():

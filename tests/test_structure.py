@@ -22,7 +22,7 @@ IMPORTS = {
     "profiling": {"instance", "models", "progress", "storage"},
     "experiment": {"config", "data", "instance", "models"},
     "evaluation": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
-    "training": {"config", "experiment", "instance", "models", "programs", "progress", "storage"},
+    "training": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
     "serving": {"data", "instance", "models", "programs", "storage"},
     "export": {"instance", "models", "programs", "storage"},
     "cli": {

@@ -6,7 +6,6 @@ passes over the data, a group of them at a time; each group is kept until the en
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import os
 import pathlib
@@ -23,7 +22,7 @@ from sdpoint_jax.config import to_dict
 from sdpoint_jax.evaluation import plot, table
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.profiling.macs import count_cost, count_macs, count_suffix_macs
+from sdpoint_jax.profiling.macs import count_cost, count_macs, count_set_macs
 from sdpoint_jax.programs.devices import is_main_host
 from sdpoint_jax.programs.evaluator import Evaluator, Metrics
 from sdpoint_jax.storage import artefact, checkpoint
@@ -115,14 +114,10 @@ def write_results(
 
 def count_passes(experiment: Experiment, instances: Sequence[SDPointInstance]) -> tuple[float, float]:
     """Counts what one image costs in a sweep, in full-resolution passes: with shared layers, and one by one."""
-    model = experiment.model
-    size, channels = tuple(experiment.config.dataset.image_size), experiment.dataset.channels
-    suffix = functools.partial(count_suffix_macs, model, image_size=size, channels=channels)
-    full = count_macs(model, FULL_RESOLUTION, size, channels)
-    prefix = full - suffix(FULL_RESOLUTION, start=max(map(model.last_shared_point, instances)))
-    suffixes = sum(suffix(instance, start=model.last_shared_point(instance)) for instance in instances)
-    separate = sum(count_macs(model, instance, size, channels) for instance in instances)
-    return (prefix + suffixes) / full, separate / full
+    model, images = experiment.model, (tuple(experiment.config.dataset.image_size), experiment.dataset.channels)
+    full = count_macs(model, FULL_RESOLUTION, *images)
+    separate = sum(count_macs(model, instance, *images) for instance in instances)
+    return count_set_macs(model, instances, *images) / full, separate / full
 
 
 def _group_results(experiment, params, group, output, split, imported):

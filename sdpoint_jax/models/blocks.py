@@ -95,7 +95,7 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """Global average pool and classifier, in float32; a pre-activation net normalises first."""
+    """Global average pool and classifier, in float32 at least; a pre-activation net normalises first."""
 
     architecture: Architecture
     num_classes: int
@@ -106,7 +106,7 @@ class Head(nn.Module):
         """Maps [B, h, w, C] to logits [B, K], float32."""
         if self.architecture.preactivation:
             x = nn.relu(self.norm(use_running_average=not train, name="norm")(x))
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         # PyTorch's default for a linear layer: uniform in +-1 / sqrt(inputs).
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         return nn.Dense(self.num_classes, kernel_init=init, name="dense")(x)

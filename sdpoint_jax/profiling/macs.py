@@ -117,6 +117,22 @@ def count_suffix_macs(
     return sum(layer.macs for layer in layers if layer.name.partition("/")[0] in modules)
 
 
+def count_set_macs(
+    model: ResNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
+) -> int:
+    """Counts the multiply-accumulates of several instances that share every layer before a point, for one image.
+
+    Args, Raises: see `list_layers`.
+    """
+    last = max(map(model.last_shared_point, instances))
+    full = count_macs(model, FULL_RESOLUTION, image_size, channels)
+    prefix = full - count_suffix_macs(model, FULL_RESOLUTION, last, image_size, channels)
+    return prefix + sum(
+        count_suffix_macs(model, instance, model.last_shared_point(instance), image_size, channels)
+        for instance in instances
+    )
+
+
 def count_cost(model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3) -> Cost:
     """Counts what `model` under `instance` costs for one image.
 

@@ -39,8 +39,19 @@ class RunLog:
         self._attempt(self._open, start_step, validated)
 
     def step(self, step: int, row: Mapping[str, Any], images_per_second: float) -> None:
-        """Logs training step `step`; the rate goes to TensorBoard alone."""
+        """Logs training step `step`; the rate goes to TensorBoard alone.
+
+        Args:
+            step: its number.
+            row: metrics by name; below `instances`, if there, those of each instance by its name.
+            images_per_second: the rate.
+        """
         scalars = {f"train/{name}": value for name, value in row.items() if isinstance(value, float)}
+        scalars |= {
+            f"train_{name}/{instance}": value
+            for instance, metrics in row.get("instances", {}).items()
+            for name, value in metrics.items()
+        }
         rate = {"train/images_per_second": images_per_second}
         self._attempt(self._write, step, {"step": step, **row}, scalars | rate)
 

@@ -1,4 +1,4 @@
-"""Training: every step draws one SDPoint instance and runs its program; validation, logs and checkpoints around it."""
+"""Training: every step draws SDPoint instances and runs their program; validation, logs and checkpoints around it."""
 
 import collections
 import contextlib
@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sdpoint_jax import progress
+from sdpoint_jax.instance import set_name
 from sdpoint_jax.programs.devices import is_main_host, prefetch, replicate
 from sdpoint_jax.programs.evaluator import Evaluator, Metrics
 from sdpoint_jax.storage import checkpoint
@@ -59,6 +60,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
             progress.say(f"continuing after step {run.step} of {plan.total_steps}")
         programs = plan.programs(run.train)
         if run.step < plan.total_steps:
+            progress.say(plan.describe_cost())
             _compile(programs, plan)
         run.train = replicate(run.train)
         if is_main_host():
@@ -74,9 +76,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
 
 
 def _compile(programs, plan):
-    instances = plan.experiment.instances
-    compiled = programs.compile(instances, plan.config.compile_workers)
-    progress.compile_with_bar(compiled, len(instances) + 1, "one for each instance and the update")
+    what = "instance" if plan.config.instances_per_step == 1 else "set of instances"
+    compiled = programs.compile(plan.sets, plan.config.compile_workers)
+    progress.compile_with_bar(compiled, len(plan.sets) + 1, f"one for each {what} and the update")
 
 
 def _open_checkpoints(plan, workdir, start_step):
@@ -143,13 +145,13 @@ class Loop:
                     raise Interrupted(self._stopped())
 
     def _start_step(self, batch):
-        """Draws the instance of the next step and starts its programs."""
+        """Draws the instances of the next step and starts its programs."""
         run = self._run
-        instance = self._plan.draw(run.step)
+        instances = self._plan.draw(run.step)
         self._signals.unsaved = True
         control = Control(run.step, self._signals.received, self._minutes_are_over()).shard()
-        run.train, metrics = self._programs[instance](run.train, control, batch)
-        self._pending.append((run.step, instance, metrics))
+        run.train, metrics = self._programs[instances](run.train, control, batch)
+        self._pending.append((run.step, set_name(instances), metrics))
         run.step += 1
 
     def _finish_steps(self, wait_for_all) -> Control:
@@ -160,19 +162,21 @@ class Loop:
             stop, save = stop or bool(agreed.stop), save or bool(agreed.save)
         return Control(self._run.step, stop, save)
 
-    def _finish_step(self, step, instance, metrics) -> Control:
+    def _finish_step(self, step, drawn, metrics) -> Control:
         """Waits for a step, checks and logs it; returns what the hosts agreed on."""
         metrics = jax.device_get(metrics)
         row = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm", "learning_rate")}
+        if metrics["instances"]:
+            row["instances"] = jax.tree.map(float, metrics["instances"])
         if not metrics["finite"]:
             self._report_nonfinite(step, row)
             row["skipped"] = self._run.skipped
         batch_size, now = self._plan.config.batch_size, time.perf_counter()
         rate, self._clock = batch_size / (now - self._clock), now
-        self._bar.set_postfix_str(f"{instance.name}, loss {row['loss']:.3f}, step {step + 1}", refresh=False)
+        self._bar.set_postfix_str(f"{drawn}, loss {row['loss']:.3f}, step {step + 1}", refresh=False)
         self._bar.update(batch_size)
         if step % self._plan.config.log_every_steps == 0 or not metrics["finite"]:
-            self._log.step(step, {"instance": instance.name, **row}, rate)
+            self._log.step(step, {"instance": drawn, **row}, rate)
         self._checkpoints.check()
         return metrics["agreed"]
 

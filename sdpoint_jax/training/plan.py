@@ -5,10 +5,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sdpoint_jax.experiment import Experiment, parse_instances
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, sample_instance
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, list_sets, sample_set, set_name
+from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
+from sdpoint_jax.training.objective import Distillation
 from sdpoint_jax.training.optimizer import SGD, LearningRate
 from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state
+from sdpoint_jax.training.teacher import load_teacher
+
+_COUNTED_STEPS = 10_000  # Of a longer run, the MACs of so many steps at even distances are counted.
 
 
 def learning_rate_of(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> LearningRate:
@@ -27,7 +32,9 @@ class Plan:
     Attributes:
         config: as given.
         experiment: the net and its data.
+        sets: the sets of instances that its steps train.
         validation_instances: those that are evaluated during training.
+        teacher: see `load_teacher`; None without one.
         total_steps: of the run.
         validate_every: steps.
     """
@@ -44,6 +51,9 @@ class Plan:
             raise ValueError(
                 f"config.microbatches {config.microbatches}: does not divide a device's {local_batch} images"
             )
+        self._always = _always(config, self.experiment)
+        self.sets = list_sets(self.experiment.instances, config.instances_per_step, self._always)
+        self.teacher = load_teacher(self.experiment) if config.teacher else None
         self.validation_instances = _validation_instances(config, self.experiment)
         steps_per_epoch = images / config.batch_size
         self.total_steps = max(1, round(config.num_epochs * steps_per_epoch))
@@ -56,7 +66,7 @@ class Plan:
         return create_state(self.experiment.model, self._optimizer, self.config.seed, self.experiment.image_shape)
 
     def programs(self, state: TrainState) -> TrainPrograms:
-        """Makes the programs for such a state, yet to be compiled."""
+        """Makes the programs for such a state, yet to be compiled; a teacher gets its statistics here."""
         local_batch = self.config.batch_size // jax.process_count()
         batch = {
             "images": shape_of_shards((local_batch, *self.experiment.image_shape), np.uint8),
@@ -72,16 +82,48 @@ class Plan:
             label_smoothing=self.config.label_smoothing,
             microbatches=self.config.microbatches,
             skip_nonfinite=self.config.on_nonfinite == "skip",
+            distillation=self._distillation(),
+            teacher=self.teacher and self.teacher.variables(self.experiment),
         )
 
-    def draw(self, step: int) -> SDPointInstance:
-        """Draws the instance of a step."""
-        return sample_instance(self.config.seed, step, self.experiment.instances, self.config.sampling)
+    def _distillation(self):
+        config = self.config
+        if not config.distillation:
+            return None
+        return Distillation(config.distillation, config.distillation_temperature, self.teacher and self.teacher.model)
+
+    def draw(self, step: int) -> tuple[SDPointInstance, ...]:
+        """Draws the instances of a step."""
+        config = self.config
+        return sample_set(
+            config.seed,
+            step,
+            self.experiment.instances,
+            config.instances_per_step,
+            always=self._always,
+            sampling=config.sampling,
+        )
+
+    def describe_cost(self) -> str:
+        """Says what the steps cost: the exact MACs of forward and backward, over those of full resolution alone."""
+        model, images = self.experiment.model, (self.experiment.image_shape[:2], self.experiment.dataset.channels)
+        full = count_macs(model, FULL_RESOLUTION, *images)
+        # A backward pass takes the MACs of two forward passes; a teacher has none.
+        taught = count_macs(self.teacher.model, FULL_RESOLUTION, *images) / 3 if self.teacher else 0
+        shared = {group: (count_set_macs(model, group, *images) + taught) / full for group in self.sets}
+        apart = {group: sum(count_macs(model, one, *images) for one in group) / full for group in self.sets}
+        drawn = [self.draw(step) for step in range(0, self.total_steps, -(-self.total_steps // _COUNTED_STEPS))]
+        mean, separate = (sum(costs[group] for group in drawn) / len(drawn) for costs in (shared, apart))
+        text = f"a step takes {mean:.4f} of the MACs of full resolution on average, {min(shared.values()):.4f} to "
+        text += f"{max(shared.values()):.4f}" + (", the teacher included" if self.teacher else "")
+        if self.config.instances_per_step > 1:
+            text += f"; {self.config.instances_per_step} instances one by one would take {separate:.4f}"
+        return text
 
     def describe(self, step: int) -> str:
         """Says what goes into a step, for messages."""
         first, end = step * self.config.batch_size, (step + 1) * self.config.batch_size
-        return f"step {step}, instance {self.draw(step).name}, training examples {first} to {end - 1}"
+        return f"step {step}, instance {set_name(self.draw(step))}, training examples {first} to {end - 1}"
 
 
 def _validation_instances(config, experiment):
@@ -94,3 +136,29 @@ def _validation_instances(config, experiment):
     halves = [instance for instance in drawn if instance.ratio == drawn[0].ratio]
     chosen = {FULL_RESOLUTION, halves[len(halves) // 4], halves[len(halves) * 2 // 3]}
     return tuple(instance for instance in (FULL_RESOLUTION, *drawn) if instance in chosen)
+
+
+def _always(config, experiment):
+    """Picks the instances that every step trains."""
+    count, instances = config.instances_per_step, experiment.instances
+    if count == 1:
+        return ()
+    if count > len(instances):
+        raise ValueError(
+            f"config.instances_per_step {count}: more than the {len(instances)} instances of the run, "
+            f"{', '.join(instance.name for instance in instances)}"
+        )
+    if config.sampling == "legacy":
+        raise ValueError(f"config.instances_per_step {count}: legacy sampling draws one instance a step")
+    if config.step_instances == "drawn":
+        return ()
+    if FULL_RESOLUTION not in instances:
+        raise ValueError(
+            f"config.step_instances {config.step_instances!r}: trains full resolution in every step, which is not "
+            "among the instances"
+        )
+    if config.step_instances == "full":
+        return (FULL_RESOLUTION,)
+    images = experiment.image_shape[:2], experiment.dataset.channels
+    cheapest = min(instances, key=lambda instance: count_macs(experiment.model, instance, *images))
+    return FULL_RESOLUTION, cheapest

@@ -1,8 +1,8 @@
-"""The training step: an ordinary SGD step of one SDPoint instance, a program of its own."""
+"""The training step: an ordinary SGD step of one SDPoint instance or of a set of them, each a program of its own."""
 
 import functools
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -13,9 +13,19 @@ import optax
 
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models import target
-from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.models.resnet import ResNet
-from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, device_count, parallel, shapes_of, shard
+from sdpoint_jax.programs.devices import (
+    AXIS,
+    REPLICATED,
+    SHARDED,
+    Switch,
+    device_count,
+    parallel,
+    replicate,
+    shapes_of,
+    shard,
+)
+from sdpoint_jax.training.objective import Distillation, forward_set, losses_of_set
 
 PyTree = Any
 _UPDATE = "update"  # The key of the program that all instances share.
@@ -77,43 +87,58 @@ def gradient_step(
     params: PyTree,
     control: Control,
     batch: Mapping[str, jax.Array],
+    teacher: PyTree | None = None,
     *,
     model: ResNet,
-    instance: SDPointInstance,
+    instances: Sequence[SDPointInstance],
     preprocess: Callable[[jax.Array], jax.Array],
     label_smoothing: float = 0.0,
     microbatches: int = 1,
+    distillation: Distillation | None = None,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """Runs forward and backward of one instance on one device of `AXIS`: all that differs between instances.
+    """Runs forward and backward of some instances on one device of `AXIS`: all that differs between them.
 
     Args:
         params: replicated.
         control: each field int32 [1].
         batch: this device's `images` [b, H, W, C] uint8 and `labels` [b].
+        teacher: variables of `distillation.teacher`, replicated, if it has one.
         model: the net; with its `axis_name` None, each device (and microbatch) normalises by itself.
-        instance: static.
+        instances: static; those that the step trains. Their losses are averaged, and layers that they share, those
+            before a point, run once.
         preprocess: maps uint8 images to the net's input.
         label_smoothing: see `cross_entropy`.
         microbatches: passes over which the batch is split, to save memory.
+        distillation: None for labels alone.
 
     Returns:
-        (grads, metrics): both means over all devices; metrics are `loss`, `accuracy` and `agreed`, the control in
-        which all hosts see what any of them asks for.
+        (grads, metrics): both means over all devices; metrics are `loss` and `accuracy`, means over the instances;
+        `agreed`, the control in which all hosts see what any of them asks for; and, where there are several
+        instances, `instances` with the `loss` and `accuracy` of each by its name.
     """
 
-    def loss_and_accuracy(params, images, labels):
-        logits, _ = model.apply(
-            {"params": params}, preprocess(images), instance=instance, train=True, mutable=["batch_stats"]
-        )
-        return cross_entropy(logits, labels, label_smoothing).mean(), (logits.argmax(-1) == labels).mean()
+    def loss_and_metrics(params, images, labels):
+        x = preprocess(images)
+        logits = forward_set(model, params, x, instances)
+        taught = None if teacher is None else distillation.teacher.apply(teacher, x, train=False)
+        losses = losses_of_set(logits, labels, taught, label_smoothing=label_smoothing, distillation=distillation)
+        accuracies = {instance: (own.argmax(-1) == labels).mean() for instance, own in logits.items()}
+        metrics = {"accuracy": _mean(accuracies)}
+        if len(instances) > 1:
+            metrics["instances"] = {i.name: {"loss": losses[i], "accuracy": accuracies[i]} for i in instances}
+        return _mean(losses), metrics
 
-    value_and_grad = jax.value_and_grad(loss_and_accuracy, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss_and_metrics, has_aux=True)
 
     parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
     result = _mean_over(functools.partial(value_and_grad, params), parts, microbatches)
-    (loss, accuracy), grads = jax.lax.pmean(result, AXIS)
+    (loss, metrics), grads = jax.lax.pmean(result, AXIS)
     agreed = jax.lax.pmax(jax.tree.map(lambda x: x[0], control), AXIS)
-    return grads, {"loss": loss, "accuracy": accuracy, "agreed": agreed}
+    return grads, {"loss": loss, "agreed": agreed, **metrics}
+
+
+def _mean(values):
+    return functools.reduce(operator.add, values.values()) / len(values)
 
 
 def _mean_over(function, parts, count):
@@ -173,9 +198,10 @@ def update_step(
 
 
 class TrainPrograms:
-    """The training steps: `programs[instance](state, control, batch)` returns (state, metrics) and donates the state.
+    """The training steps: `programs[instances](state, control, batch)` returns (state, metrics) and donates the state.
 
-    A step is two programs: an instance's own for the gradients, from the switch, and a shared one for the update.
+    A step is two programs: one for the gradients of a set of instances, from the switch, and a shared one for the
+    update. The key is a tuple of instances, or one of them alone.
     """
 
     def __init__(
@@ -186,6 +212,7 @@ class TrainPrograms:
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         skip_nonfinite: bool = False,
+        teacher: PyTree | None = None,
         **kwargs: Any,
     ):
         """Builds from shapes; compiles nothing yet.
@@ -194,9 +221,11 @@ class TrainPrograms:
             state: `TrainState` or its shapes.
             batch: sharded, or its shapes; see `devices.shard` and `devices.shape_of_shards`.
             optimizer, schedule, skip_nonfinite: see `update_step`.
-            **kwargs: of `gradient_step`, without the instance.
+            teacher: variables of a teacher, on the host.
+            **kwargs: of `gradient_step`, without the instances.
         """
         state, batch, control = *shapes_of((state, batch)), Control.shapes()
+        self._teacher = () if teacher is None else (replicate(teacher),)
         update = functools.partial(update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite)
 
         metrics = {
@@ -209,31 +238,48 @@ class TrainPrograms:
             if key == _UPDATE:
                 in_axes = (REPLICATED, SHARDED, REPLICATED, REPLICATED)
                 return parallel(update, in_axes=in_axes, out_axes=REPLICATED, donate=(0,))
-            step = functools.partial(gradient_step, instance=key, **kwargs)
-            return parallel(step, in_axes=(REPLICATED, SHARDED, SHARDED), out_axes=REPLICATED)
+            step = functools.partial(gradient_step, instances=key, **kwargs)
+            in_axes = (REPLICATED, SHARDED, SHARDED, *[REPLICATED] * len(self._teacher))
+            return parallel(step, in_axes=in_axes, out_axes=REPLICATED)
 
         def shapes(key):
-            return (state, control, state.params, metrics) if key == _UPDATE else (state.params, control, batch)
+            if key == _UPDATE:
+                return state, control, state.params, metrics
+            return state.params, control, batch, *shapes_of(self._teacher)
 
         self._programs = Switch(build, shapes)
 
-    def compile(self, instances: Iterable[SDPointInstance], workers: int = 0) -> Iterator[tuple[Hashable, float]]:
+    def compile(
+        self, sets: Iterable[SDPointInstance | tuple[SDPointInstance, ...]], workers: int = 0
+    ) -> Iterator[tuple[Hashable, float]]:
         """Compiles ahead of time; see `Switch.compile`."""
-        return self._programs.compile([_UPDATE, *instances], workers)
+        return self._programs.compile([_UPDATE, *map(_as_set, sets)], workers)
 
-    def gradients(self, instance: SDPointInstance) -> Callable:
-        """Returns the first of the two programs alone; see `gradient_step`."""
-        return self._programs[instance]
+    def gradients(self, instances: SDPointInstance | tuple[SDPointInstance, ...]) -> Callable:
+        """Returns the first of the two programs alone: (params, control, batch) to what `gradient_step` returns."""
+        program = self._programs[_as_set(instances)]
+        if not self._teacher:
+            return program
+        return lambda params, control, batch: program(params, control, batch, *self._teacher)
 
-    def __getitem__(self, instance: SDPointInstance) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-        """Returns the step of `instance`, its programs compiled now if they are not."""
-        gradient, update = self._programs[instance], self._programs[_UPDATE]
+    def __getitem__(
+        self, instances: SDPointInstance | tuple[SDPointInstance, ...]
+    ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+        """Returns the step of `instances`, its programs compiled now if they are not."""
+        gradients, update = self.gradients(instances), self._programs[_UPDATE]
 
         def step(state, control, batch):
-            return update(state, control, *gradient(state.params, control, batch))
+            grads, metrics = gradients(state.params, control, batch)
+            of_instances = metrics.pop("instances", {})
+            state, metrics = update(state, control, grads, metrics)
+            return state, metrics | {"instances": of_instances}
 
         return step
 
     def __len__(self) -> int:
         """Counts the programs that are compiled."""
         return len(self._programs)
+
+
+def _as_set(instances):
+    return instances if isinstance(instances, tuple) else (instances,)

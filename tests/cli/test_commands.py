@@ -14,6 +14,7 @@ import safetensors.numpy
 import tiny
 
 from sdpoint_jax.config import to_dict
+from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,6 +37,8 @@ def write_workdirs(folder):
     arrays, record = {"params": params}, RECORD | {"config": to_dict(config)}
     checkpoint.save(folder / "sound/checkpoints/3", arrays, record)
     checkpoint.save(folder / "imported", tiny.variables(tiny.net()), {"note": "imported"})
+    three = tiny.variables(create_model("wrn10_1", 3))
+    checkpoint.save(folder / "three_classes", three, {"model": {"name": "wrn10_1"}, "format": 2})
     checkpoint.save(folder / "newer", arrays, record | {"config": {"format": 3}})
     checkpoint.save(folder / "no_params", {"weights": np.zeros(2)}, record)
     checkpoint.save(folder / "no_config", arrays, {"note": "imported"})
@@ -113,6 +116,42 @@ CASES = [
     (TRAIN, ["--config.schedule=linear"], "config.schedule 'linear': valid are cosine, step"),
     (TRAIN, ["--config.sampling=random"], "sampling 'random': valid are uniform, legacy"),
     (TRAIN, ["--config.label_smoothing=1"], "config.label_smoothing 1.0: at least 0, less than 1"),
+    (
+        TRAIN,
+        ["--config.instances_per_step=3", "--config.instances=full"],
+        "config.instances_per_step 3: more than the 1 instances of the run, full",
+    ),
+    (TRAIN, ["--config.instances_per_step=0"], "config.instances_per_step 0: at least 1"),
+    (TRAIN, ["--config.step_instances=all"], "config.step_instances 'all': valid are sandwich, full, drawn"),
+    (
+        TRAIN,
+        ["--config.instances_per_step=2", "--config.instances=p01_r0.50,p02_r0.50"],
+        "config.step_instances 'sandwich': trains full resolution in every step, which is not among",
+    ),
+    (
+        TRAIN,
+        ["--config.instances_per_step=2", "--config.sampling=legacy"],
+        "config.instances_per_step 2: legacy sampling draws one instance a step",
+    ),
+    (
+        TRAIN,
+        ["--config.distillation=0.5"],
+        "config.distillation 0.5: needs config.teacher, or full resolution in every",
+    ),
+    (TRAIN, ["--config.distillation=1.5"], "config.distillation 1.5: a share of the loss"),
+    (TRAIN, ["--config.distillation_temperature=0"], "config.distillation_temperature 0.0: must be positive"),
+    (TRAIN, ["--config.teacher={}/sound"], "config.teacher .*sound: with config.distillation 0.0 it teaches nothing"),
+    (TRAIN, ["--config.teacher={}/nowhere", "--config.distillation=0.5"], "nowhere: no such checkpoint"),
+    (
+        TRAIN,
+        ["--config.teacher={}/three_classes", "--config.distillation=0.5"],
+        "config.teacher .*three_classes: a net of 3 classes; digits has 10",
+    ),
+    (
+        TRAIN,
+        ["--config.teacher={}/imported", "--config.distillation=0.5"],
+        "config.teacher .*imported: does not say which net it is",
+    ),
     (TRAIN, ["--config.model.name=resnet19"], "model 'resnet19': known are .*resnet20"),
     (TRAIN, ["--config.model.dtype=float16"], "dtype 'float16': valid are float32, bfloat16"),
     (TRAIN, ["--config.dataset.name=digitz"], "'digitz'.*digits"),

@@ -138,7 +138,7 @@ def test_without_jaxs_cache_there_is_none(first, tmp_path):
 def gradient(instance=FULL_RESOLUTION, model="resnet20", mean=0.5, smoothing=0.0, **kwargs):
     return functools.partial(
         steps.gradient_step,
-        instance=instance,
+        instances=(instance,),
         model=create_model(model, 10, **kwargs),
         preprocess=functools.partial(normalize, mean=(mean,), std=(1.0,)),
         label_smoothing=smoothing,

@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from sdpoint_jax.config import default_config
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.profiling.macs import list_layers
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.training import logs, plan, replay
@@ -111,6 +113,53 @@ def test_a_fixed_instance_trains_without_sdpoint(tmp_path):
     training.train(tiny.config(instances="full", num_epochs=0.1, validation_instances="auto"), tmp_path)
     assert {row["instance"] for row in rows(tmp_path) if "loss" in row} == {"full"}
     assert set(rows(tmp_path)[-1]["validation"]) == {"full"}
+
+
+def test_each_instance_of_a_step_is_logged(tmp_path, capsys):
+    settings = {"instances": "full,p01_r0.50,p02_r0.75,p03_r0.50", "num_epochs": 0.2}
+    settings |= {"instances_per_step": 3, "distillation": 0.5}
+    training.train(tiny.config(**settings), tmp_path)
+    steps = [row for row in rows(tmp_path) if "loss" in row]
+    for row in steps:
+        assert row["instance"].split("+") == list(row["instances"]) and len(row["instances"]) == 3
+        assert {"full", "p01_r0.50"} < set(row["instances"])
+        for name in ("loss", "accuracy"):
+            assert row[name] == pytest.approx(np.mean([one[name] for one in row["instances"].values()]), rel=1e-5)
+    assert len({row["instance"] for row in steps}) > 1
+    assert len([row for row in rows(tmp_path) if "loss" in row]) == 6
+    printed = re.search(
+        r"a step takes (\d\.\d+) of the MACs .*; 3 instances one by one would take (\d\.\d+)", capsys.readouterr().out
+    )
+    assert 1 < float(printed[1]) < float(printed[2])
+
+
+def test_the_macs_of_a_step_are_those_of_its_layers():
+    found = plan.Plan(tiny.config(instances="full,p01_r0.50,p03_r0.50", instances_per_step=3))
+    model = found.experiment.model
+    full = [layer.macs for layer in list_layers(model, found.sets[0][0], 8, 1)]
+    halved = [layer.macs for layer in list_layers(model, SDPointInstance(1, 0.5), 8, 1)]
+    of_block_1 = [layer.macs for layer in list_layers(model, found.sets[0][0], 8, 1) if "block_01" in layer.name]
+    stem, head = full[0], full[-1]
+    # All of full resolution; of the cheapest what follows block 1; of the other one the classifier.
+    expected = sum(full) + sum(halved) - stem - sum(of_block_1) + head
+    assert f"takes {expected / sum(full):.4f} of the MACs of full resolution on average" in found.describe_cost()
+
+
+@pytest.mark.parametrize("has_statistics", [False, True])
+def test_a_teacher_can_be_a_run_or_imported_weights_of_another_net(finished, tmp_path, has_statistics):
+    source = finished[0]
+    if has_statistics:
+        source = tmp_path / "imported"
+        other = create_model("wrn10_2", 10)
+        checkpoint.save(source, tiny.variables(other), {"model": {"name": "wrn10_2"}, "format": 2})
+    config = tiny.config(teacher=str(source), distillation=1.0, num_epochs=0.1, learning_rate=0.03)
+    training.train(config, tmp_path / "run")
+    first = rows(tmp_path / "run")[0]["loss"]
+    training.train(tiny.config(num_epochs=0.1, learning_rate=0.03), tmp_path / "labels")
+    assert first != rows(tmp_path / "labels")[0]["loss"]
+    variables = plan.Plan(config).teacher.variables(Experiment(config))
+    has = {"stem", "block_01", "block_02", "block_03", "head"} - {"stem"}
+    assert set(variables["batch_stats"]) == has  # Its stem, of a pre-activation net, has no BatchNorm.
 
 
 def test_parameters_can_come_from_another_run(finished, tmp_path):

@@ -66,7 +66,7 @@ def test_each_instance_is_traced_and_compiled_once():
 def test_a_step_holds_no_branch():
     model = tiny.net()
     for instance in model.instances():
-        step = functools.partial(steps.gradient_step, model=model, instance=instance, preprocess=tiny.preprocess)
+        step = functools.partial(steps.gradient_step, model=model, instances=(instance,), preprocess=tiny.preprocess)
         args = make_state(model).params, np.zeros(2, np.int32), tiny.batch(4)
         primitives = _primitives(jax.make_jaxpr(step, axis_env=[(devices.AXIS, 1)])(*args).jaxpr)
         assert "conv_general_dilated" in primitives
@@ -149,7 +149,7 @@ def test_microbatches_average_the_gradients_of_their_parts():
     programs = make_programs(model, state, devices.shard(batch), microbatches=2)
     halved, metrics = programs[FULL_RESOLUTION](devices.replicate(state), control(0), devices.shard(batch))
 
-    step = functools.partial(steps.gradient_step, model=model, instance=FULL_RESOLUTION, preprocess=tiny.preprocess)
+    step = functools.partial(steps.gradient_step, model=model, instances=(FULL_RESOLUTION,), preprocess=tiny.preprocess)
     parts = [{name: value[i : i + 2] for name, value in batch.items()} for i in range(0, 32, 2)]
     vmapped = jax.vmap(step, in_axes=(None, None, 0), out_axes=(None, None), axis_name=devices.AXIS)
     stacked = jax.tree.map(lambda *x: np.stack(x), *parts)

@@ -1,0 +1,99 @@
+"""What a training step minimises: the mean loss of its instances, which labels and soft targets teach."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.resnet import ResNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How a teacher's soft targets enter the loss (Hinton et al. 2015, section 2).
+
+    Attributes:
+        weight: share of the loss that comes from the teacher, in 0..1; the labels have the rest.
+        temperature: by which the logits of both are divided first.
+        teacher: the net that teaches all instances; None where full resolution of the net that learns teaches the
+            others (Yu & Huang 2019, section 3.2).
+    """
+
+    weight: float
+    temperature: float = 1.0
+    teacher: ResNet | None = None
+
+
+def forward_set(
+    model: ResNet, params: Mapping, x: jax.Array, instances: Sequence[SDPointInstance]
+) -> dict[SDPointInstance, jax.Array]:
+    """Computes the logits of several instances in training mode, each layer before a point once.
+
+    Up to its point, an instance computes just what full resolution does, BatchNorm's batch statistics included. So the
+    activation walks the net from point to point; at each of them the instances that downsample there run their suffix.
+
+    Args:
+        model: the net.
+        params: of the net.
+        x: the net's input [B, H, W, C].
+        instances: those of the net to run.
+
+    Returns:
+        logits [B, K] by instance, in the order of `instances`.
+    """
+    run = functools.partial(model.apply, {"params": params}, train=True, mutable=["batch_stats"])
+    by_point = sorted(instances, key=model.last_shared_point)
+    (x, _), start, logits = run(x, STEM, method="prefix"), STEM, {}
+    for point, group in itertools.groupby(by_point, key=model.last_shared_point):
+        (x, _), start = run(x, start, point, method="between"), point
+        for instance in group:
+            logits[instance], _ = run(x, point, instance=instance, method="suffix")
+    return {instance: logits[instance] for instance in instances}
+
+
+def losses_of_set(
+    logits: Mapping[SDPointInstance, jax.Array],
+    labels: jax.Array,
+    teacher_logits: jax.Array | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    distillation: Distillation | None = None,
+) -> dict[SDPointInstance, jax.Array]:
+    """Computes the mean loss of each instance, a scalar; a step minimises their mean, in which all count alike.
+
+    Args:
+        logits: [B, K] by instance.
+        labels: [B].
+        teacher_logits: [B, K] of the teacher; without one, full resolution is the teacher of the others.
+        label_smoothing: see `cross_entropy`.
+        distillation: None for labels alone.
+    """
+    targets = logits.get(FULL_RESOLUTION) if teacher_logits is None else teacher_logits
+    losses = {}
+    for instance, own in logits.items():
+        loss = cross_entropy(own, labels, label_smoothing).mean()
+        taught = distillation and (teacher_logits is not None or instance != FULL_RESOLUTION)
+        if taught:
+            soft = distillation_loss(own, jax.lax.stop_gradient(targets), distillation.temperature).mean()
+            loss = (1 - distillation.weight) * loss + distillation.weight * soft
+        losses[instance] = loss
+    return losses
+
+
+def distillation_loss(logits: jax.Array, targets: jax.Array, temperature: float) -> jax.Array:
+    """Computes the divergence [B] of a net's class probabilities from its teacher's, both at `temperature`.
+
+    It is multiplied by the square of the temperature, which keeps its gradients in proportion to those of labels.
+
+    Args:
+        logits: [B, K] of the net.
+        targets: [B, K], the teacher's logits.
+        temperature: by which both are divided.
+    """
+    ours, theirs = (jax.nn.log_softmax(x / temperature) for x in (logits, targets))
+    return temperature**2 * (jnp.exp(theirs) * (theirs - ours)).sum(-1)

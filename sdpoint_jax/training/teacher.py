@@ -1,0 +1,95 @@
+"""The teacher of a run: a trained net whose logits at full resolution distil the instances, with frozen parameters."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+
+from sdpoint_jax import progress
+from sdpoint_jax.config import upgrade
+from sdpoint_jax.experiment import Experiment, check_variables
+from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.programs.evaluator import Evaluator
+from sdpoint_jax.storage import checkpoint
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained net.
+
+    Attributes:
+        name: of the net, for messages.
+        model: the net.
+        params: its parameters, on the host.
+        batch_stats: its own statistics at full resolution; None where it has none, as the checkpoint of a run.
+    """
+
+    name: str
+    model: ResNet
+    params: PyTree
+    batch_stats: PyTree | None
+
+    def variables(self, experiment: Experiment) -> PyTree:
+        """Returns parameters and statistics at full resolution, re-estimated as `experiment` says if it has none."""
+        statistics = self.batch_stats
+        if statistics is None:
+            progress.say("re-estimating the teacher's statistics at full resolution")
+            statistics = _reestimate(self.model, self.params, experiment)
+        return {"params": self.params, "batch_stats": statistics}
+
+
+def load_teacher(experiment: Experiment) -> Teacher:
+    """Loads the teacher that the config names: a run, imported weights, or the artefact of a sweep.
+
+    Raises:
+        CheckpointError: `config.teacher` is no sound checkpoint.
+        ValueError: it does not say which net it is, or is one for other classes or images.
+    """
+    source = experiment.config.teacher
+    arrays, record = checkpoint.load_newest(source)
+    where = f"config.teacher {source}"
+    name = _name_of(record, where)
+    classes, wanted = _count_classes(arrays["params"], where), experiment.dataset.num_classes
+    if classes != wanted:
+        raise ValueError(f"{where}: a net of {classes} classes; {experiment.dataset.name} has {wanted}")
+    model = create_model(name, classes, dtype=experiment.config.model.dtype)
+    check_variables(model, name, experiment, arrays["params"], where)
+    statistics = arrays.get("batch_stats")
+    if statistics and FULL_RESOLUTION.name in statistics:  # An artefact's, by instance.
+        statistics = statistics[FULL_RESOLUTION.name]
+    if statistics is not None:
+        check_variables(model, name, experiment, statistics, where, kind="batch_stats")
+    return Teacher(name, model, arrays["params"], statistics)
+
+
+def _name_of(record, where):
+    try:
+        return upgrade(record.get("config", record))["model"]["name"]
+    except (LookupError, TypeError):
+        raise ValueError(f"{where}: does not say which net it is, as a run, imported weights or a sweep do") from None
+
+
+def _count_classes(params, where):
+    try:
+        return len(params["head"]["dense"]["bias"])
+    except (LookupError, TypeError):
+        raise ValueError(f"{where}: has no classifier") from None
+
+
+def _reestimate(model, params, experiment):
+    config = experiment.config
+    evaluator = Evaluator(
+        model,
+        [FULL_RESOLUTION],
+        image_shape=experiment.image_shape,
+        batch_size=experiment.evaluation_batch_size // jax.process_count(),
+        preprocess=experiment.preprocess,
+    )
+    with experiment.reestimation_batches(config.reestimate_images) as batches:
+        chosen = itertools.islice(batches, config.reestimate_batches)
+        return evaluator.reestimate(params, chosen)[FULL_RESOLUTION]
