@@ -78,8 +78,9 @@ class Refused:
 
     Attributes:
         reason: in words.
-        retry_after: seconds after which a request with as much time would be accepted, if no other came; None where
-            waiting changes nothing.
+        retry_after: seconds after which there is room for a request with as much time, if no other comes and those that
+            wait are answered on the fastest instances; a running batch is not cut short. None where waiting changes
+            nothing.
     """
 
     reason: str
@@ -499,7 +500,7 @@ class _Pace:
     def __init__(self, table: LatencyTable, workers: int):
         self._table, self.margin = table, table.margin
         self.correction = np.ones(len(table.names))
-        self._ratios = [deque([1.0], maxlen=_RECENT_BATCHES) for _ in range(workers)]
+        self._ratios = [deque([1.0] * _RECENT_BATCHES, maxlen=_RECENT_BATCHES) for _ in range(workers)]
 
     def slowness(self, worker: int) -> float:
         return statistics.median(self._ratios[worker])
@@ -645,17 +646,20 @@ def headroom(plan: Plan, outlook: float = OUTLOOK) -> tuple[int, int]:
             for size in plan.sizes(instance):
                 if plan.lateness(instance, size, level=plan.table.per_image[instance]) <= 0:
                     return instance, size
-    return keep_deadlines(plan)
+    return keep_deadlines(plan, hurry=True)
 
 
-def keep_deadlines(plan: Plan) -> tuple[int, int]:
+def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
     """Runs the fastest instance that keeps all deadlines, or else the most requests that the first deadline allows.
+
+    Args:
+        plan: what is known.
+        hurry: whether time for an image counts more than the time of a batch.
 
     Returns:
         numbers of the instance and of the largest batch size.
     """
     by_speed = sorted(plan.line.options, key=lambda i: plan.table.per_image[i])
-    hurry = not plan.has_headroom(by_speed[0], OUTLOOK)
     for instance in by_speed:
         for size in plan.sizes(instance, hurry):
             if plan.lateness(instance, size) <= 0:
