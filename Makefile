@@ -6,7 +6,7 @@ PYTEST_ARGS ?= -n 2
 BIN = .venv/bin
 PINS = requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint extras clean
 
 demo: .venv/installed
 	$(BIN)/python train.py --config=configs/digits.py --workdir=runs/digits
@@ -22,6 +22,11 @@ lint: .venv/installed_dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the tests of the optional extras need, but for PyTorch, and for Debian's chromium.
+extras: .venv/installed_dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) \
+		--editable '.[dev,export,onnx,predict,serve]' playwright
 
 clean:
 	rm -rf .venv runs

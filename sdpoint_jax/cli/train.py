@@ -8,6 +8,7 @@ Exit codes: 0 trained to the end, 75 stopped on request (SIGTERM or Ctrl-C) and 
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 from sdpoint_jax.cli import config_flag, distributed
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     """Trains; returns the exit code."""
-    config = config_flag.load_config(args.config_arguments, default="digits")
+    config: Any = config_flag.load_config(args.config_arguments, default="digits")
     distributed.start(args)
     from sdpoint_jax.training import loop, replay, stop  # Late, as JAX takes seconds and a mistyped flag should not.
 

@@ -166,7 +166,7 @@ def choose_cascades(
         cascades: the stages of each; empty to search among all instances of `logits`.
         logits: [n, K] of each instance, of the calibration images.
         labels: [n].
-        costs_of: from stages to the costs of `serving.cascade.mean_cost`.
+        costs_of: from stages to the costs of `models.cascade.mean_cost`.
 
     Returns:
         for each of `cascades` its best thresholds at these costs; of a search, the best of all at these costs.

@@ -68,8 +68,9 @@ def import_torch_state_dict(
     arrays = {name: _float32(state_dict[name]) for name in sorted(wanted) if name in state_dict}
     if faults := list(_faults(state_dict, wanted, arrays)):
         raise ValueError(f"the state dict does not fit the net: {'; '.join(faults)}")
+    floats = {name: array for name, array in arrays.items() if array is not None}
     variables = {
-        tensor.path: np.ascontiguousarray(arrays[name].transpose(_AXES[len(tensor.shape)]))
+        tensor.path: np.ascontiguousarray(floats[name].transpose(_AXES[len(tensor.shape)]))
         for name, tensor in wanted.items()
     }
     if reset_head:

@@ -197,8 +197,8 @@ class Predictor:
         given = dict(budget=budget, max_macs=max_macs, instance=instance, mean_macs=mean_macs, cascade=cascade)
         if len(named := [f"{name} {value}" for name, value in given.items() if value is not None]) > 1:
             raise ValueError(f"{' and '.join(named)}: give one of them")
-        if mean_macs is not None or cascade is not None:
-            return self.run_cascade(images, self.find_cascade(mean_macs if cascade is None else cascade))[0]
+        if (wanted := mean_macs if cascade is None else cascade) is not None:
+            return self.run_cascade(images, self.find_cascade(wanted))[0]
         chosen = self.select(budget, max_macs=max_macs) if instance is None else self.find(instance)
         batch, sizes = to_batch(images, self.image_shape, self.resize), self._batch_sizes(chosen)
         starts = range(0, len(batch), sizes[-1])

@@ -9,6 +9,7 @@ import functools
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sdpoint_jax.data.builder import ImageSet, Split
 
@@ -55,7 +56,7 @@ def _opened(archive):
         raise ValueError(f"{archive}: damaged ({str(error).splitlines()[-1]})") from None
 
 
-def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, tarfile.ExFileObject]]:
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, Any]]:
     for member in tar:
         if member.isfile():
             yield member.name, tar.extractfile(member)
