@@ -78,9 +78,8 @@ class Refused:
 
     Attributes:
         reason: in words.
-        retry_after: seconds after which there is room for a request with as much time, if no other comes and those that
-            wait are answered on the fastest instances; a running batch is not cut short. None where waiting changes
-            nothing.
+        retry_after: seconds until what waits now is answered, if the fastest instances do it: then there is room again,
+            unless others come. None where waiting changes nothing.
     """
 
     reason: str
@@ -325,7 +324,7 @@ class Controller:
         line.remove(place)
         if self._pace.quickest(line.options, self.slowness, self._pace.margin) > request.deadline - now:
             return Refused("no instance that it allows is fast enough for its deadline", None)
-        return Refused("too many others are answered first", lateness)
+        return Refused("too many others are answered first", self._drain_seconds(now))
 
     def next_batch(self, now: float) -> Batch | None:
         """Picks what the first free worker runs now.
@@ -459,7 +458,7 @@ class Controller:
         return sum(abs(batch.start + batch.seconds - now) for batch in self._running if batch is not None)
 
     def _drain_seconds(self, now: float) -> float:
-        """Time until all that waits is done, on the fastest instances."""
+        """Time until all that waits is done, on the fastest instances in their best batch sizes."""
         work = sum(len(line) * self.table.per_image[line.fastest] for line in self._lines.values())
         return float(self._busy_seconds(now) + work * self.slowness) / len(self._running)
 
