@@ -130,21 +130,21 @@ def test_named_cascades_are_reported_each(swept, tmp_path):
 def test_the_prefix_is_counted_once(name, size):
     model = create_model(name, 10)
     stages = stages_from_name("p03_r0.50+p05_r0.75+full")
-    costs = cascades.stage_costs(model, (size, size), 3, stages)
+    costs = cascades.stage_costs(model, stages, (size, size))
     early, middle, full = (count_macs(model, stage, size) for stage in stages)
     assert costs[0] == early and costs[1] < middle and costs[2] < full
     # The layers before a point cost what full resolution pays for them: they are the same layers at the same sizes.
     shared = full - costs[2]
     assert 0 < shared < costs[0] + costs[1]
-    assert sum(cascades.stage_costs(model, (size, size), 3, (stages[0], stages[2]))) < early + full
+    assert sum(cascades.stage_costs(model, (stages[0], stages[2]), (size, size))) < early + full
 
 
 def test_a_pair_at_one_point_shares_all_layers_before_it():
     model, size = create_model("resnet20", 10), (32, 32)
     pair = (SDPointInstance(3, 0.5), SDPointInstance(3, 0.75))
     full, first, second = (count_macs(model, instance, size) for instance in (FULL_RESOLUTION, *pair))
-    prefix = full - cascades.stage_costs(model, size, 3, (pair[0], FULL_RESOLUTION))[1]
-    assert cascades.stage_costs(model, size, 3, pair) == (first, second - prefix)
+    prefix = full - cascades.stage_costs(model, (pair[0], FULL_RESOLUTION), size)[1]
+    assert cascades.stage_costs(model, pair, size) == (first, second - prefix)
 
 
 def experiment_with(**dataset):
