@@ -140,7 +140,7 @@ def evaluate_cascades(
         evaluator = _evaluator(experiment, instances)
         classify = functools.partial(evaluator.classify, swept.params, statistics)
         logits, labels = _calibration_logits(experiment, plan, classify, instances)
-        costs_of = functools.partial(stage_costs, experiment.model, *_image_size(experiment))
+        costs_of = _costs_of(experiment)
         chosen = choose_cascades(plan.cascades, logits, labels, costs_of)
         tallies = _tally_split(experiment, plan.split, classify, [calibrated.cascade for calibrated in chosen])
         rows = [
@@ -158,7 +158,7 @@ def choose_cascades(
     cascades: Sequence[Stages],
     logits: Mapping[SDPointInstance, np.ndarray],
     labels: np.ndarray,
-    costs_of: Callable[[Stages], Sequence[int]],
+    costs_of: Callable[[Sequence[SDPointInstance]], Sequence[int]],
 ) -> list[Calibrated]:
     """Chooses cascades at mean costs evenly spaced from that of the cheapest stage to that of the dearest.
 
@@ -184,7 +184,7 @@ def choose_cascades(
 
 
 def stage_costs(
-    model: ResNet, image_size: tuple[int, int], channels: int, stages: Sequence[SDPointInstance]
+    model: ResNet, stages: Sequence[SDPointInstance], image_size: tuple[int, int], channels: int = 3
 ) -> tuple[int, ...]:
     """Counts the MACs of each stage for an image that reaches it: what the stages share is in the first one alone."""
     later = (
@@ -318,8 +318,10 @@ def _row(cascade, costs, plan, logits, labels, tally):
     return CascadeRow(cascade, costs, plan.calibrated_on, calibration, evaluated)
 
 
-def _image_size(experiment):
-    return tuple(experiment.config.dataset.image_size), experiment.dataset.channels
+def _costs_of(experiment):
+    """Returns what counts the costs of stages for the images of the experiment."""
+    size = tuple(experiment.config.dataset.image_size)
+    return lambda stages: stage_costs(experiment.model, stages, size, experiment.dataset.channels)
 
 
 def _evaluator(experiment, instances):

@@ -321,7 +321,7 @@ def curve(
         average: see `Cascade`.
     """
     answers = _combine(logits_by_stage, average)
-    right = np.stack([answer.argmax(-1) == labels for answer in answers])
+    right = [answer.argmax(-1) == labels for answer in answers]
     confidences = [confidence(answer, kind) for answer in answers[:-1]]
     size = int(round(_CELLS ** (1 / len(confidences)), 6))
     thresholds = [_candidate_thresholds(found, size) for found in confidences]

@@ -56,7 +56,7 @@ Key = StageKey | GatherKey
 def run_stage(
     params: PyTree,
     batch_stats: PyTree,
-    x: jax.Array,
+    x: Any,
     *,
     model: ResNet,
     preprocess: Callable[[jax.Array], jax.Array],
@@ -125,7 +125,8 @@ class CascadePrograms:
         """
         sizes, starts = _ascending(batch_sizes), self._starts(stages)
         run = [self._stage_key(stages, starts, index, size) for index in range(len(stages)) for size in sizes]
-        pairs = itertools.product(starts[1:], itertools.combinations(sizes, 2))
+        points = [point for point in starts if point is not None]
+        pairs = itertools.product(points, itertools.combinations(sizes, 2))
         return (*run, *(GatherKey(point, larger, smaller) for point, (smaller, larger) in pairs))
 
     def compile(
