@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except loop.Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on", file=sys.stderr)
         return stop.STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return stop.STOPPED
     except Exception as error:
         if args.debug:
             raise
