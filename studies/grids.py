@@ -211,6 +211,7 @@ STUDY_B = Study(
 _SANDWICH = {"instances_per_step": 3}  # Full resolution, the cheapest instance and a drawn one, from a shared prefix.
 # Multiply-accumulates of a step, ResNet-20, full resolution alone being 1: the sandwich 1.38, the paper's draw 0.77.
 _SANDWICH_COST = 1.8
+_PAIR = {"instances_per_step": 2, "step_instances": "full"}  # Full resolution and a drawn one.
 
 STUDY_C = Study(
     "C",
@@ -223,7 +224,8 @@ STUDY_C = Study(
         Recipe("sandwich_distilled", {**_SANDWICH, "distillation": 1.0}),
         Recipe("paper_same_compute", length=_SANDWICH_COST),
         Recipe("paper_averaged", {"ema_decay": 0.999}),
-        Recipe("paper_distilled", {"distillation": 1.0}),
+        Recipe("pair", _PAIR),
+        Recipe("pair_distilled", {**_PAIR, "distillation": 1.0}),
         Recipe("paper_by_cost", {"sampling": "cost"}),
         Recipe("paper_slow", {"learning_rate": 0.05}),
         Recipe("sandwich_slow", {**_SANDWICH, "learning_rate": 0.05}),
@@ -240,6 +242,7 @@ STUDY_C = Study(
         Comparison("sandwich", "paper", "sandwich", "the paper's draw, same steps"),
         Comparison("sandwich", "paper_same_compute", "sandwich", "the paper's draw, same compute"),
         Comparison("sandwich_distilled", "paper_same_compute", "sandwich, distilled", "the paper's draw, same compute"),
+        Comparison("pair_distilled", "paper", "pair, distilled", "the paper's draw, same steps"),
         Comparison("paper_averaged", "paper", "averaged parameters", "the paper's draw"),
         Comparison("paper_by_cost", "paper", "draw weighted by cost", "the paper's draw"),
     ),
