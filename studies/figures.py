@@ -1,0 +1,123 @@
+"""The figure of a study: top-1 of each curve's points, mean and spread over the seeds."""
+
+import io
+import itertools
+import os
+from collections.abc import Sequence
+
+import results
+from grids import STATISTICS_BATCHES, Curve, Study
+from results import Point, Row
+
+from sdpoint_jax.storage import files
+
+_STYLES = (
+    dict(color="tab:blue", marker="o"),
+    dict(color="tab:orange", marker="s"),
+    dict(color="tab:green", marker="^"),
+    dict(color="tab:purple", marker="D"),
+    dict(color="tab:brown", marker="v"),
+    dict(color="tab:red", marker="P"),
+    dict(color="tab:cyan", marker="X"),
+    dict(color="tab:olive", marker="*"),
+)
+
+
+def draw(study: Study, rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Draws a study's figure as PNG at `path`, from the rows alone.
+
+    A line joins the points that no other one of its curve beats in both cost and mean accuracy. Bars go from the
+    lowest to the highest seed.
+
+    Raises:
+        ValueError: the rows have no point of any curve.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = [(curve, points_of(study, curve, rows)) for curve in study.curves]
+    if not any(points for _, points in curves):
+        raise ValueError(f"study {study.name}: the results hold no point of its figure")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    for (curve, points), style in zip(curves, itertools.cycle(_STYLES)):
+        if points:
+            _draw_curve(axes, study, curve, points, style)
+    points = [point for _, found in curves for point in found]
+    axes.set(xlabel=_X_LABELS[study.x], ylabel="top-1 accuracy on the test images (%)", title=_title(points))
+    if study.x == "macs":
+        axes.set_xlim(left=0)
+    else:
+        shown = sorted({point.first.statistics_batches for point in points})
+        axes.set_xscale("log")
+        axes.set_xticks(shown, labels=map(str, shown))
+        axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", metadata={"Software": None})
+    files.write_atomically(path, image.getvalue())
+
+
+_X_LABELS = {
+    "macs": "millions of multiply-accumulates (MACs) per image",
+    "statistics_batches": "batches of images that the BatchNorm statistics come from",
+}
+
+
+def points_of(study: Study, curve: Curve, rows: Sequence[Row]) -> tuple[Point, ...]:
+    """Returns the points of one curve, in order of the horizontal axis.
+
+    A curve of nets that were trained for one cost each has none until there are two of them.
+    """
+    batches = STATISTICS_BATCHES if study.x == "macs" else None
+    found = [
+        point
+        for recipe in curve.recipes
+        for point in results.points(rows, recipe, statistics=curve.statistics, batches=batches)
+        if curve.instances == "all" or point.first.instance == "full"
+    ]
+    if len(found) < min(2, len(curve.recipes)):
+        return ()
+    return tuple(sorted(found, key=lambda point: (getattr(point.first, study.x), point.mean)))
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Returns the points that no other one beats in both MACs and mean top-1, from the cheapest on."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.first.macs, -point.mean)):
+        if not front or point.mean > front[-1].mean:
+            front.append(point)
+    return front
+
+
+def _draw_curve(axes, study, curve, points, style):
+    on_macs = study.x == "macs"
+    x = [getattr(point.first, study.x) / (1e6 if on_macs else 1) for point in points]
+    y = [100 * point.mean for point in points]
+    bars = [[100 * (point.mean - point.low) for point in points], [100 * (point.high - point.mean) for point in points]]
+    axes.errorbar(x, y, yerr=bars, linestyle="", markersize=5, elinewidth=1, capsize=2, label=curve.label, **style)
+    line = pareto_front(points) if on_macs and curve.instances == "all" else points
+    axes.plot(
+        [getattr(point.first, study.x) / (1e6 if on_macs else 1) for point in line],
+        [100 * point.mean for point in line],
+        color=style["color"],
+        linewidth=1,
+        alpha=0.7,
+    )
+
+
+def _title(points):
+    seeds = [len(point.rows) for point in points]
+    epochs = [point.first.epochs for point in points]
+    first = points[0].first
+    spread = "seeds, bars from the lowest to the highest" if max(seeds) > 1 else "seed, so no spread"
+    return (
+        f"{first.model} on {first.dataset}, {first.train_images:,} training images, {_range(epochs)} epochs\n"
+        f"n = {_range(seeds)} {spread}; {first.n:,} test images each"
+    )
+
+
+def _range(numbers):
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

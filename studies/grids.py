@@ -1,0 +1,309 @@
+"""The studies as data: which recipes are trained with which seeds, how each is swept, and what is compared with what.
+
+A recipe is `sdpoint_jax.config.default_config()` with the changes of its study and its own. Recipes may name config
+keys or nets that this version of the package does not have: such a cell is listed as not available, and passed over.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any, Literal
+
+STATISTICS_BATCHES = 50  # That the statistics come from, where a study does not compare numbers of them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One sweep of a trained net.
+
+    Attributes:
+        instances: names with commas between them, or `all` at the points and ratios of the recipe.
+        images: `augmented` or `clean` training images, to re-estimate the BatchNorm statistics from.
+        batches: how many batches of them, of `config.evaluation_batch_size` images each.
+    """
+
+    instances: str = "all"
+    images: str = "augmented"
+    batches: int = STATISTICS_BATCHES
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One way to train a net.
+
+    Attributes:
+        name: of the recipe within its study.
+        changes: config keys, with dots where they are nested, and their values.
+        length: how long to train, as a multiple of the study's epochs; 0 to sweep `config.init_from` as it is.
+        sweeps: of the trained net.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    length: float = 1.0
+    sweeps: tuple[Sweep, ...] = (Sweep(),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One series of points in a study's figure.
+
+    Attributes:
+        label: in the legend.
+        recipes: whose instances are the points.
+        instances: `all`, or `full` for full resolution alone.
+        statistics: the images that the BatchNorm statistics come from.
+    """
+
+    label: str
+    recipes: tuple[str, ...]
+    instances: Literal["all", "full"] = "all"
+    statistics: str = "augmented"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two recipes whose accuracies are set side by side, instance by instance.
+
+    Attributes:
+        recipe, baseline: their names; differences are the recipe's accuracy less that of the baseline.
+        label, baseline_label: what a table calls them.
+    """
+
+    recipe: str
+    baseline: str
+    label: str
+    baseline_label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A grid of recipes and seeds that answers one question.
+
+    Attributes:
+        name: one letter.
+        question: in one sentence.
+        base: config changes that all recipes share.
+        epochs: of a recipe of length 1.
+        recipes: the most telling first: with them in this order for one seed after the other, every prefix of the
+            grid is a result.
+        curves: of the figure.
+        comparisons: of the tables.
+        seeds: by default.
+        x: what the figure's horizontal axis shows: MACs, or batches that the statistics come from.
+        needs_init: whether training starts from a given checkpoint.
+    """
+
+    name: str
+    question: str
+    base: Mapping[str, Any]
+    epochs: float
+    recipes: tuple[Recipe, ...]
+    curves: tuple[Curve, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    x: Literal["macs", "statistics_batches"] = "macs"
+    needs_init: bool = False
+
+    def recipe(self, name: str) -> Recipe:
+        """Returns the recipe called `name`; raises ValueError, with those that there are, if there is none."""
+        for recipe in self.recipes:
+            if recipe.name == name:
+                return recipe
+        raise ValueError(f"study {self.name}: no recipe {name!r}; valid are {', '.join(r.name for r in self.recipes)}")
+
+
+CIFAR: Mapping[str, Any] = types.MappingProxyType(
+    {
+        "model.name": "resnet20",
+        "dataset.image_size": (32, 32),
+        "dataset.augmentation": "pad_crop_flip",
+        "dataset.mean": (0.4914, 0.4822, 0.4465),
+        "dataset.std": (0.2470, 0.2435, 0.2616),
+        "dataset.validation_split": "train[:500]",  # Nothing is chosen by it; what is reported is the test split.
+        "dataset.test_split": "test",
+        "batch_size": 128,
+        "learning_rate": 0.1,
+        "schedule": "cosine",
+        "weight_decay": 5e-4,
+        "validation_instances": "full",
+        "validate_every_epochs": 1000.0,  # At the end alone, as short as can be.
+        "reestimate_batches": 1,  # Of that validation; a sweep has its own.
+        "checkpoint_every_steps": 200,
+    }
+)
+PLAIN: Mapping[str, Any] = types.MappingProxyType({"instances": "full"})
+_FULL = (Sweep("full"),)
+
+
+def _small_input(side: int) -> Recipe:
+    """A plain net for images that are resized to `side`, in training and in evaluation."""
+    return Recipe(f"plain_{side}", {**PLAIN, "dataset.image_size": (side, side)}, sweeps=_FULL)
+
+
+def _narrow(width: int) -> Recipe:
+    """A plain ResNet-20 of fewer channels: `width` instead of 16 in its first stage."""
+    return Recipe(f"plain_w{width}", {**PLAIN, "model.name": f"resnet20_w{width}"}, sweeps=_FULL)
+
+
+STUDY_A = Study(
+    "A",
+    "How accurate is one net at each of its costs, against nets that were trained for one cost each?",
+    CIFAR,
+    epochs=12,
+    recipes=(
+        Recipe("sdpoint"),
+        Recipe("plain", PLAIN),
+        *map(_small_input, (24, 16, 20, 28)),
+        *map(_narrow, (12, 8)),
+    ),
+    curves=(
+        Curve("SDPoint: one net", ("sdpoint",)),
+        Curve("plain: one net, downsampled at inference only", ("plain",)),
+        Curve(
+            "plain: a net for each cost, smaller input",
+            ("plain", "plain_28", "plain_24", "plain_20", "plain_16"),
+            "full",
+        ),
+        Curve("plain: a net for each cost, fewer channels", ("plain", "plain_w12", "plain_w8"), "full"),
+    ),
+    comparisons=(Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),),
+)
+
+_STATISTICS = tuple(
+    Sweep("full,p01_r0.50,p03_r0.75", images, batches)
+    for images in ("augmented", "clean")
+    for batches in (1, 2, 5, 20, STATISTICS_BATCHES)
+)
+_CLEAN = tuple(sweep for sweep in _STATISTICS if sweep.images == "clean")  # All there is without augmentation.
+
+
+def _regularisation(length_name: str, length: float) -> tuple[Recipe, ...]:
+    """SDPoint and plain, with and without augmentation, for one length of training."""
+    none = {"dataset.augmentation": "none"}
+    return (
+        Recipe(f"sdpoint_{length_name}", length=length, sweeps=_STATISTICS),
+        Recipe(f"plain_{length_name}", PLAIN, length, _STATISTICS),
+        Recipe(f"sdpoint_bare_{length_name}", none, length, _CLEAN),
+        Recipe(f"plain_bare_{length_name}", {**PLAIN, **none}, length, _CLEAN),
+    )
+
+
+STUDY_B = Study(
+    "B",
+    "Does training with SDPoint make the net more accurate at full resolution, and does that depend on the recipe?",
+    CIFAR,
+    epochs=12,
+    recipes=(*_regularisation("short", 1.0), *_regularisation("long", 4.0)),
+    curves=tuple(
+        Curve(f"{recipe}, statistics from {images} images", (recipe,), "full", images)
+        for recipe in ("sdpoint_short", "plain_short", "sdpoint_long", "plain_long")
+        for images in ("augmented", "clean")
+    ),
+    comparisons=tuple(
+        Comparison(f"sdpoint{kind}_{length}", f"plain{kind}_{length}", "SDPoint", "plain")
+        for length in ("short", "long")
+        for kind in ("", "_bare")
+    ),
+    x="statistics_batches",
+)
+
+_SANDWICH = {"instances_per_step": 3}  # Full resolution, the cheapest instance and a drawn one, from a shared prefix.
+# Multiply-accumulates of a step, ResNet-20, full resolution alone being 1: the sandwich 1.38, the paper's draw 0.77.
+_SANDWICH_COST = 1.8
+_PAIR = {"instances_per_step": 2, "step_instances": "full"}  # Full resolution and a drawn one.
+
+STUDY_C = Study(
+    "C",
+    "What improves on the paper's draw, at the same number of steps and at the same compute?",
+    CIFAR,
+    epochs=12,
+    recipes=(
+        Recipe("paper"),
+        Recipe("sandwich", _SANDWICH),
+        Recipe("sandwich_distilled", {**_SANDWICH, "distillation": 1.0}),
+        Recipe("paper_same_compute", length=_SANDWICH_COST),
+        Recipe("paper_averaged", {"ema_decay": 0.999}),
+        Recipe("pair", _PAIR),
+        Recipe("pair_distilled", {**_PAIR, "distillation": 1.0}),
+        Recipe("paper_by_cost", {"sampling": "cost"}),
+        Recipe("paper_slow", {"learning_rate": 0.05}),
+        Recipe("sandwich_slow", {**_SANDWICH, "learning_rate": 0.05}),
+        Recipe("paper_light", {"weight_decay": 1e-4}),
+        Recipe("sandwich_light", {**_SANDWICH, "weight_decay": 1e-4}),
+    ),
+    curves=(
+        Curve("the paper's draw", ("paper",)),
+        Curve("the paper's draw, compute of the sandwich", ("paper_same_compute",)),
+        Curve("sandwich", ("sandwich",)),
+        Curve("sandwich, distilled", ("sandwich_distilled",)),
+    ),
+    comparisons=(
+        Comparison("sandwich", "paper", "sandwich", "the paper's draw, same steps"),
+        Comparison("sandwich", "paper_same_compute", "sandwich", "the paper's draw, same compute"),
+        Comparison("sandwich_distilled", "paper_same_compute", "sandwich, distilled", "the paper's draw, same compute"),
+        Comparison("pair_distilled", "paper", "pair, distilled", "the paper's draw, same steps"),
+        Comparison("paper_averaged", "paper", "averaged parameters", "the paper's draw"),
+        Comparison("paper_by_cost", "paper", "draw weighted by cost", "the paper's draw"),
+    ),
+)
+
+_LENGTHS = {0: 0.0, 1: 0.05, 3: 0.15, 10: 0.5, 20: 1.0}
+_FROM_TRAINED = {
+    **CIFAR,
+    "dataset.mean": (0.485, 0.456, 0.406),  # Those that the published net was trained with.
+    "dataset.std": (0.229, 0.224, 0.225),
+    "learning_rate": 0.02,
+}
+
+STUDY_D = Study(
+    "D",
+    "How many epochs of SDPoint training make a trained net adjustable?",
+    _FROM_TRAINED,
+    epochs=20,
+    recipes=(
+        *(Recipe(f"paper_{epochs}", length=length) for epochs, length in _LENGTHS.items()),
+        *(
+            Recipe(f"best_{epochs}", {**_SANDWICH, "distillation": 1.0}, length)
+            for epochs, length in _LENGTHS.items()
+            if epochs
+        ),
+    ),
+    curves=tuple(Curve(f"{epochs} epochs, the paper's draw", (f"paper_{epochs}",)) for epochs in _LENGTHS),
+    comparisons=tuple(
+        Comparison(f"paper_{epochs}", "paper_0", f"{epochs} epochs", "as it was trained") for epochs in (1, 3, 10, 20)
+    ),
+    needs_init=True,
+)
+
+_RATIOS = {
+    "quarters": (0.25, 0.5, 0.75),
+    "eighths": (0.25, 0.375, 0.5, 0.625, 0.75, 0.875),
+    "quarter": (0.25,),
+    "half": (0.5,),
+}
+_POINTS = {"stage_ends": (0, 3, 6, 9), "early": (0, 1, 2, 3), "late": (0, 4, 5, 6, 7, 8, 9)}
+
+STUDY_E = Study(
+    "E",
+    "Which instances should a net be trained for, and how far down in cost can one net go?",
+    CIFAR,
+    epochs=12,
+    recipes=(
+        Recipe("paper"),
+        *(Recipe(f"ratios_{name}", {"ratios": ratios}) for name, ratios in _RATIOS.items()),
+        *(Recipe(f"points_{name}", {"points": points}) for name, points in _POINTS.items()),
+    ),
+    curves=(
+        Curve("ratios 1/2 and 3/4, all points: the paper's", ("paper",)),
+        Curve("ratios 1/4, 1/2 and 3/4", ("ratios_quarters",)),
+        Curve("ratios in eighths from 1/4 to 7/8", ("ratios_eighths",)),
+        Curve("the ends of the stages alone", ("points_stage_ends",)),
+    ),
+    comparisons=(
+        *(Comparison(f"ratios_{name}", "paper", f"ratios: {name}", "the paper's") for name in ("quarters", "eighths")),
+        *(Comparison(f"points_{name}", "paper", f"points: {name}", "the paper's") for name in _POINTS),
+    ),
+)
+
+STUDIES = {study.name: study for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E)}
