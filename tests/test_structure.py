@@ -97,6 +97,12 @@ def test_what_serves_needs_no_optimizer(room):
     assert not any(name.startswith("optax") for path in files_of(room) for name in imports_of(path))
 
 
+def test_what_decides_needs_no_jax():
+    modules = "sdpoint_jax.serving.selection, sdpoint_jax.serving.controller, sdpoint_jax.models.cascade"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_only_commands_have_a_main():
     mains = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "def main(" in path.read_text()}
     assert mains == {"cli/main.py"}
