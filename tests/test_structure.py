@@ -3,6 +3,7 @@
 import ast
 import configparser
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -120,3 +121,23 @@ def test_the_front_door_has_what_it_lists():
     assert all(getattr(sdpoint_jax, name) is not None and name in dir(sdpoint_jax) for name in sdpoint_jax.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Predicter'; it has .*Predictor"):
         sdpoint_jax.Predicter  # noqa: B018
+
+
+def public_functions(path):
+    """The public functions and methods of a file, those inside functions left out."""
+    tree = ast.parse(path.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    for node in [*tree.body, *(inner for found in classes for inner in found.body)]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield node
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_public_functions_are_typed_and_say_what_they_do(path):
+    for function in public_functions(path):
+        arguments = function.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        untyped = [arg.arg for arg in every if arg and arg.annotation is None and arg.arg not in ("self", "cls")]
+        assert not untyped and function.returns is not None, f"{function.name} {untyped}"
+        summary = (ast.get_docstring(function) or "").split("\n")[0]
+        assert re.match(r"[A-Z][a-z]+s\b", summary), f"{function.name}: {summary!r} does not begin with a verb"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, is_ours: Callable[[pathlib.Path], bool]) -> Iterator[pathlib.Path]:
-    """As a context, gives an empty folder to write to, which becomes the one at `path` at the end.
+    """Gives, as a context, an empty folder to write to, which becomes the one at `path` at the end.
 
     Args:
         path: may exist, if it is empty or `is_ours`; it is as it was until the end, and after an error.

@@ -65,26 +65,26 @@ class Architecture:
 
     @property
     def num_blocks(self) -> int:
-        """N, the number of residual blocks and so of points after them."""
+        """Counts the residual blocks, N, and so the points after them."""
         return sum(self.depths)
 
     @property
     def stem_convolution(self) -> ConvolutionSpec:
-        """The convolution of the stem."""
+        """Returns the convolution of the stem."""
         return ConvolutionSpec(self.stem, 7, 2) if self.imagenet_stem else ConvolutionSpec(self.stem, 3)
 
     @property
     def stem_has_norm(self) -> bool:
-        """Whether BatchNorm follows the stem's convolution; else the first block, pre-activation, has it."""
+        """Tells whether BatchNorm follows the stem's convolution; else the first block, pre-activation, has it."""
         return self.imagenet_stem or not self.preactivation
 
     @property
     def min_image_size(self) -> int:
-        """The smallest image side that every stride still halves."""
+        """Returns the smallest image side that every stride still halves."""
         return 2 ** (len(self.depths) - 1) * (4 if self.imagenet_stem else 1)
 
     def blocks(self) -> Iterator[BlockSpec]:
-        """The blocks from the input to the output."""
+        """Lists the blocks from the input to the output."""
         features_in = self.stem
         for stage, depth in enumerate(self.depths):
             inner, features = self.inner * 2**stage, self.features * 2**stage

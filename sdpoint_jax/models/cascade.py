@@ -127,7 +127,7 @@ class Cascade:
         return np.stack([np.bincount(stages, minlength=size), np.bincount(stages[right], minlength=size)], -1)
 
     def to_record(self) -> dict[str, Any]:
-        """The cascade as JSON holds it."""
+        """Returns the cascade as JSON holds it."""
         return dataclasses.asdict(self) | {
             "stages": [stage.name for stage in self.stages],
             "thresholds": list(self.thresholds),
@@ -135,7 +135,7 @@ class Cascade:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Cascade":
-        """The inverse of `to_record`; raises ValueError where the record is not that of a cascade."""
+        """Returns the inverse of `to_record`; raises ValueError where the record is not that of a cascade."""
         return _from_record(cls, record, stages=_instances_from_names)
 
 
@@ -157,7 +157,7 @@ class Measured:
 
     @property
     def top1_standard_error(self) -> float:
-        """Of `top1`, as the share of `n` independent images."""
+        """Returns that of `top1`, as the share of `n` independent images."""
         return (self.top1 * (1 - self.top1) / self.n) ** 0.5
 
     @classmethod
@@ -199,16 +199,16 @@ class CascadeRow:
 
     @property
     def name(self) -> str:
-        """Of the stages, as `p03_r0.50+full`."""
+        """Names the stages, as `p03_r0.50+full`."""
         return self.cascade.name
 
     def to_record(self) -> dict[str, Any]:
-        """The row as JSON holds it."""
+        """Returns the row as JSON holds it."""
         return dataclasses.asdict(self) | {"macs": list(self.macs), "cascade": self.cascade.to_record()}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "CascadeRow":
-        """The inverse of `to_record`; raises ValueError where the record is not that of a row."""
+        """Returns the inverse of `to_record`; raises ValueError where the record is not that of a row."""
         measured = dict.fromkeys(("calibration", "evaluated"), _measured_from_record)
         return _from_record(cls, record, cascade=Cascade.from_record, macs=tuple, **measured)
 

@@ -1,6 +1,7 @@
 """The convolutions of the nets, and the formulation that computes them fastest on the backend at hand."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,14 @@ from jax import lax
 from sdpoint_jax.models import target
 
 
-def he_fan_out_normal(key, shape, dtype=jnp.float32):
+def he_fan_out_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Draws a kernel [k, k, in, out] from normal(0, sqrt(2 / (k * k * out))), as the authors initialise."""
     height, width, _, features = shape
     return math.sqrt(2 / (height * width * features)) * jax.random.normal(key, shape, dtype)
 
 
 def _pointwise_as_dot(x, kernel, strides, padding, **kwargs):
-    """A 1x1 convolution as a matrix product, which XLA's CPU backend runs several times faster.
+    """Computes a 1x1 convolution as a matrix product, which XLA's CPU backend runs several times faster.
 
     Of two matrices: contracting several axes at once, as the kernel's gradient then would, transposes its operands.
     """
@@ -29,7 +30,7 @@ def _pointwise_as_dot(x, kernel, strides, padding, **kwargs):
 
 
 def _pointwise_per_platform(x, kernel, strides, padding, **kwargs):
-    """A 1x1 convolution as a matrix product on a CPU only, decided when the program is lowered for a platform."""
+    """Computes a 1x1 convolution as a matrix product on a CPU only, as the platform is when the program is lowered."""
 
     def as_dot(x, kernel):
         return _pointwise_as_dot(x, kernel, strides, padding, **kwargs)
@@ -53,9 +54,9 @@ def _formulation(portable):
 
 
 def convolution(
-    features: int, kernel: int, stride: int = 1, groups: int = 1, portable: bool = False, **kwargs
+    features: int, kernel: int, stride: int = 1, groups: int = 1, portable: bool = False, **kwargs: Any
 ) -> nn.Conv:
-    """A square convolution without bias, zero-padded by kernel // 2 on every side as in PyTorch.
+    """Makes a square convolution without bias, zero-padded by kernel // 2 on every side as in PyTorch.
 
     Args:
         features: output channels.

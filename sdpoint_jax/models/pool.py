@@ -6,6 +6,7 @@ separately. The windows repeat every size / gcd(size, n) cells, so the usual siz
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -17,11 +18,11 @@ _MAX_SLICES = 8  # Windows per period up to which slices are used; an irregular 
 
 
 def downsampled_size(size: int, ratio: float) -> int:
-    """Side after downsampling: size * ratio, rounded half to even, at least 1."""
+    """Returns the side after downsampling: size * ratio, rounded half to even, at least 1."""
     return max(1, round(size * ratio))
 
 
-def adaptive_avg_pool(x, size: tuple[int, int]):
+def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
     if _is_windowed(x, size):
         return nn.avg_pool(x, *_window(x, size))
@@ -35,8 +36,8 @@ def adaptive_avg_pool(x, size: tuple[int, int]):
     return x
 
 
-def adaptive_max_pool(x, size: tuple[int, int]):
-    """The maximum of `x` [B, H, W, C] over adaptive windows, as [B, *size, C].
+def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Takes the maximum of `x` [B, H, W, C] over adaptive windows, to [B, *size, C].
 
     The gradient goes to the largest cells of a window, shared where several are; on a TPU, where the sizes divide, to
     one of them. Behind a ReLU, cells are rarely equal but where they are 0, and there its own gradient is 0.
@@ -71,7 +72,7 @@ def _is_periodic(size, out):
 
 
 def _average_neighbours(x, axis, out):
-    """The sizes that are one less in each period, as for ratios 1/2 and 3/4: each window is two neighbours."""
+    """Averages where sizes are one less in each period, as for ratios 1/2 and 3/4: each window is two neighbours."""
 
     def pool(x, axis, out):
         first, second = (lax.slice_in_dim(x, start, start + out, axis=axis) for start in (0, 1))

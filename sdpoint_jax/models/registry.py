@@ -25,12 +25,12 @@ def _imagenet(depth, **kwargs):
 
 
 def _grouped(depth, groups, width):
-    """A net of torchvision's: `groups` groups, each `width` wide in the first stage."""
+    """Makes a net of torchvision's: `groups` groups, each `width` wide in the first stage."""
     return Architecture(_IMAGENET_DEPTHS[depth], groups * width, 256, bottleneck=True, groups=groups)
 
 
 def _resnet(depth):
-    """He et al. 2016, section 4.2: shortcuts without parameters, option A."""
+    """Makes the net of He et al. 2016, section 4.2: shortcuts without parameters, option A."""
     blocks = (depth - 2) // 6
     return Architecture((blocks,) * 3, 16, 16, stem=16, imagenet_stem=False, shortcut="padded_identity")
 
@@ -98,7 +98,7 @@ def architecture(name: str) -> Architecture:
     return dataclasses.replace(found, shortcut=kind) if kind else found
 
 
-def create_model(name: str, num_classes: int, *, dtype: Any = jnp.float32, **kwargs) -> ResNet:
+def create_model(name: str, num_classes: int, *, dtype: Any = jnp.float32, **kwargs: Any) -> ResNet:
     """Makes the net called `name`.
 
     Args:

@@ -44,7 +44,8 @@ class ResNet(nn.Module):
     remat: bool = False
     portable: bool = False
 
-    def setup(self):
+    def setup(self) -> None:
+        """Makes the parts of the net."""
         conv, norm = blocks.layers(self.dtype, self.axis_name, self.norm_momentum, self.portable)
         block = blocks.PreActivationBlock if self.architecture.preactivation else blocks.PostActivationBlock
         self.stem = blocks.Stem(self.architecture, conv, norm)
@@ -110,12 +111,12 @@ class ResNet(nn.Module):
 
     @property
     def num_blocks(self) -> int:
-        """N, the number of residual blocks."""
+        """Counts the residual blocks, N."""
         return self.architecture.num_blocks
 
     @property
     def has_stem_point(self) -> bool:
-        """Whether the net has the point `STEM`."""
+        """Tells whether the net has the point `STEM`."""
         return self.architecture.imagenet_stem
 
     def prefix_modules(self, point: int) -> tuple[str, ...]:

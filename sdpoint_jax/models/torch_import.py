@@ -43,7 +43,7 @@ class _Tensor(NamedTuple):
 def import_torch_state_dict(
     state_dict: Mapping[str, Any], model: ResNet, *, channels: int = 3, reset_head: bool = False, seed: int = 0
 ) -> dict[str, Any]:
-    """The variables of `model` with the weights and statistics of a PyTorch state dict.
+    """Makes the variables of `model` with the weights and statistics of a PyTorch state dict.
 
     Args:
         state_dict: PyTorch's names to arrays (NumPy's, or PyTorch's tensors) of any float type; a prefix `module.`
@@ -112,7 +112,7 @@ def _some(names, count=6):
 
 
 def torch_tensors(model: ResNet, channels: int = 3) -> dict[str, _Tensor]:
-    """PyTorch's name of every variable of `model`, its shape there, and its path in our variables."""
+    """Lists every variable of `model` by PyTorch's name, with its shape there and its path in our variables."""
     side = model.architecture.min_image_size
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
@@ -148,7 +148,7 @@ def _without_prefix(state_dict):
 
 
 def _float32(array) -> np.ndarray | None:
-    """`array` as float32; None if it holds no floats."""
+    """Returns `array` as float32; None if it holds no floats."""
     if hasattr(array, "detach"):  # PyTorch's; NumPy has no bfloat16 to receive it in.
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array
@@ -183,7 +183,7 @@ def _has_other_classes(arrays, wanted):
 
 
 def _new_head(model, features, seed):
-    """The paths and arrays of a classifier as the net draws it."""
+    """Draws a classifier as the net does; returns its paths and arrays."""
     head = Head(model.architecture, model.num_classes, nn.BatchNorm)
     variables = head.init(jax.random.key(seed), jnp.zeros((1, 1, 1, features)), False)
     dense = jax.device_get(variables["params"]["dense"])
@@ -191,7 +191,7 @@ def _new_head(model, features, seed):
 
 
 def read_state_dict(path: str | Path) -> dict[str, Any]:
-    """The tensors in a file, by name; below the key `state_dict` if the file has it.
+    """Reads the tensors in a file, by name; below the key `state_dict` if the file has it.
 
     Args:
         path: `.safetensors`, or pickled by PyTorch: `.pth.tar`, `.pth`, `.pt`, `.th`, `.bin`. A pickled file is read as

@@ -194,7 +194,7 @@ class LatencyTable:
 
 
 def _split(seconds: np.ndarray, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """How to run k images soonest in batches of limited size: `LatencyTable.work` and `.largest`."""
+    """Finds how to run k images soonest in batches of limited size: `LatencyTable.work` and `.largest`."""
     most = max(sizes)
     work = np.zeros((len(seconds), len(sizes), most + 1))
     largest = np.zeros(work.shape, int)
@@ -227,7 +227,7 @@ class _Line:
         return len(self.deadlines)
 
     def at_level(self, per_image: float) -> int:
-        """The most accurate option that takes no longer for an image, or else the fastest."""
+        """Picks the most accurate option that takes no longer for an image, or else the fastest."""
         return next((i for speed, i in self._speeds if speed <= per_image), self.fastest)
 
     def add(self, request: Request) -> int:
@@ -296,12 +296,12 @@ class Controller:
 
     @property
     def waiting(self) -> int:
-        """How many accepted requests are in no batch yet."""
+        """Counts the accepted requests that are in no batch yet."""
         return sum(map(len, self._lines.values()))
 
     @property
     def slowness(self) -> float:
-        """How much longer than profiled batches take at present; 1.0 for no longer."""
+        """Tells how much longer than profiled batches take at present; 1.0 for no longer."""
         return self._pace.mean_slowness
 
     def submit(self, request: Request, now: float) -> Accepted | Refused:
@@ -414,7 +414,7 @@ class Controller:
 
     @property
     def patience(self) -> float:
-        """Seconds that requests leave for an answer, on average; at most the objective."""
+        """Returns the seconds that requests leave for an answer, on average; at most the objective."""
         return self._arrivals.patience
 
     def _with_deadline(self, request: Request, now: float) -> Request:
@@ -427,7 +427,7 @@ class Controller:
         return request if request.deadline is not None else dataclasses.replace(request, deadline=now + self.objective)
 
     def _line_of(self, request: Request, keep: bool = False) -> tuple[_Line | None, str]:
-        """The line of the request's cost class, or None and why it has none."""
+        """Returns the line of the request's cost class, or None and why it has none."""
         own = range(len(self.table.names)) if request.instance is None else [self.table.index_of(request.instance)]
         own = [i for i in own if request.max_macs is None or self.table.macs[i] <= request.max_macs]
         allowed = [i for i in own if i in self._allowed]
@@ -454,11 +454,11 @@ class Controller:
             self._given_up += line.take(bisect.bisect_left(line.deadlines, end))
 
     def _busy_seconds(self, now: float) -> float:
-        """Work in progress. A batch that is overdue by x is taken to need another x."""
+        """Sums the work in progress. A batch that is overdue by x is taken to need another x."""
         return sum(abs(batch.start + batch.seconds - now) for batch in self._running if batch is not None)
 
     def _drain_seconds(self, now: float) -> float:
-        """Time until all that waits is done, on the fastest instances in their best batch sizes."""
+        """Estimates the time until all that waits is done, on the fastest instances in their best batch sizes."""
         work = sum(len(line) * self.table.per_image[line.fastest] for line in self._lines.values())
         return float(self._busy_seconds(now) + work * self.slowness) / len(self._running)
 
@@ -513,7 +513,7 @@ class _Pace:
         return min(map(statistics.median, self._ratios))
 
     def quickest(self, options: Iterable[int], slowness: float, margin: float = 1.0) -> float:
-        """Seconds of the smallest batch on the quickest of the instances."""
+        """Returns the seconds of the smallest batch on the quickest of the instances."""
         return min(self._table.seconds[i, 0] * self.correction[i] for i in options) * slowness * margin
 
     def observe(self, batch: Batch, seconds: float) -> None:

@@ -59,13 +59,13 @@ class Budget:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """The dimensions of cost that count: those that are limited; where none is, MACs."""
+        """Lists the dimensions of cost that count: those that are limited; where none is, MACs."""
         limited = {dimension for field, dimension in _LIMITS.items() if getattr(self, field) is not None}
         return tuple(name for name in DIMENSIONS if name in limited) or ("macs",)
 
     @property
     def limits_a_cost(self) -> bool:
-        """Whether any cost is limited."""
+        """Tells whether any cost is limited."""
         return any(getattr(self, field) is not None for field in _LIMITS)
 
 
@@ -223,7 +223,7 @@ def _narrow(measured: list[Latency], field: str, value: str | None) -> list[Late
 
 
 def _candidates(rows, dimensions, batch_size, device, runtime, dtype) -> tuple[Any, list[_Candidate]]:
-    """The setting of the measurements, None where none counts, and the rows whose costs are known."""
+    """Finds the setting of the measurements, None where none counts, and the rows whose costs are known."""
     if not rows:
         raise ValueError("rows: the table is empty")
     setting = None
@@ -263,7 +263,7 @@ def _cost(row: InstanceRow, measured: Latency | None, dimension: str) -> float |
 
 
 def _front(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Those that none dominates, from the cheapest on; of equal ones the first by `expense`."""
+    """Returns those that none dominates, from the cheapest on; of equal ones the first by `expense`."""
     front = []
     # Whatever dominates a candidate, or equals it, comes before it in this order.
     for candidate in sorted(candidates, key=lambda candidate: (-candidate.row.top1, candidate.expense)):
@@ -278,7 +278,7 @@ def _is_tie(row: InstanceRow, best: InstanceRow) -> bool:
 
 
 def _needs(candidate: _Candidate, budget: Budget) -> dict[str, tuple[float, float]]:
-    """What the candidate has and what the budget allows, by field of the budget that is set."""
+    """Lists what the candidate has and what the budget allows, by field of the budget that is set."""
     costs = dict(zip(budget.dimensions, candidate.costs))
     needs = {field: (costs.get(dimension), getattr(budget, field)) for field, dimension in _LIMITS.items()}
     needs["min_top1"] = candidate.row.top1, budget.min_top1
@@ -286,7 +286,7 @@ def _needs(candidate: _Candidate, budget: Budget) -> dict[str, tuple[float, floa
 
 
 def _exceeded(candidate: _Candidate, budget: Budget) -> list[str]:
-    """The fields of the budget that the candidate does not keep."""
+    """Lists the fields of the budget that the candidate does not keep."""
     needs = _needs(candidate, budget).items()
     return [field for field, (has, limit) in needs if (has < limit if field == "min_top1" else has > limit)]
 
@@ -328,7 +328,7 @@ _VERBS = {
 
 
 def _show(field: str, value: float) -> str:
-    """Four digits, so rounded that the number shown is possible as a limit; MACs in full."""
+    """Formats four digits, so rounded that the number shown is possible as a limit; MACs in full."""
     if field == "max_macs":
         return str(value)
     rounding = decimal.ROUND_FLOOR if field == "min_top1" else decimal.ROUND_CEILING
@@ -349,7 +349,7 @@ def _describe_at(setting: Sequence) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite real number, and no bool."""
+    """Tells whether it is a finite real number, and no bool."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:

@@ -45,7 +45,7 @@ class Latency:
 
     @property
     def setting(self) -> Setting:
-        """What is measured once: a later measurement of the same replaces this one."""
+        """Names what is measured once: a later measurement of the same replaces this one."""
         return self.device, self.runtime, self.dtype, self.batch_size
 
 
@@ -79,12 +79,12 @@ class InstanceRow:
 
     @property
     def name(self) -> str:
-        """Of the instance, as `p05_r0.75`."""
+        """Names the instance, as `p05_r0.75`."""
         return self.instance.name
 
     @property
     def top1_standard_error(self) -> float:
-        """Of `top1`, as the share of `n` independent images."""
+        """Returns that of `top1`, as the share of `n` independent images."""
         return (self.top1 * (1 - self.top1) / self.n) ** 0.5
 
     def latency(self, setting: Setting) -> Latency | None:
@@ -104,7 +104,7 @@ class InstanceRow:
         return dataclasses.replace(self, latencies=(*kept, latency))
 
     def to_record(self) -> dict[str, Any]:
-        """The row as JSON holds it: point and ratio beside the instance's name, latencies only if there are any."""
+        """Returns the row as JSON holds it: point and ratio beside the name, latencies only if there are any."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         latencies = [dataclasses.asdict(latency) for latency in fields.pop("latencies")]
         instance = fields.pop("instance")
@@ -113,7 +113,7 @@ class InstanceRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "InstanceRow":
-        """The inverse of `to_record`.
+        """Returns the inverse of `to_record`.
 
         Raises:
             ValueError: the record is not that of a row; names what is missing or wrong.

@@ -120,7 +120,7 @@ class RunLog:
 class NoLog:
     """The log of a host that is not the main one."""
 
-    def step(self, *_):
+    def step(self, *_: Any) -> None:
         """Writes nothing, as all else."""
 
     validation = flush = close = step
@@ -131,7 +131,7 @@ def _is_before(row, start_step, validated):
 
 
 def _whole_rows(path):
-    """(line, row) of each line but a last one that was cut off."""
+    """Reads (line, row) of each line but a last one that was cut off."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [(line, _row(path, number, line)) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
 
