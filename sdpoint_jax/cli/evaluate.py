@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", default="", help="only these downsampling ratios")
     parser.add_argument("--split", default="", help="split of the data set to evaluate; by default that of the config")
     parser.add_argument(
+        "--parameters",
+        choices=("trained", "ema"),
+        default="trained",
+        help="ema: the average of the parameters, which a run with config.ema_decay keeps",
+    )
+    parser.add_argument(
         "--statistics",
         choices=("reestimated", "imported"),
         default="reestimated",
@@ -68,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data_dir is not None:
         config.dataset.data_dir = args.data_dir
     parts = experiment.Experiment(config)
-    parts.check_params(arrays["params"], args.workdir)
+    params = _params(args, arrays)
+    parts.check_params(params, args.workdir)
     statistics = _imported_statistics(args, arrays, parts) if args.statistics == "imported" else None
     instances = parts.instances if statistics is None else (FULL_RESOLUTION,)
     if args.instances or args.points or args.ratios:
@@ -76,11 +83,17 @@ def run(args: argparse.Namespace) -> None:
         instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
     output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "sweep")
     split = args.split or config.dataset.test_split
-    rows = sweep.sweep(
-        parts, arrays["params"], instances, output, split=split, baseline=baseline, statistics=statistics
-    )
+    rows = sweep.sweep(parts, params, instances, output, split=split, baseline=baseline, statistics=statistics)
     print(table.format_table(rows))
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
+
+
+def _params(args, arrays):
+    if args.parameters == "trained":
+        return arrays["params"]
+    if "ema" not in arrays:
+        raise ValueError(f"--parameters=ema: {args.workdir} holds no average; config.ema_decay keeps one in training")
+    return arrays["ema"]
 
 
 def _imported_statistics(args, arrays, experiment):
