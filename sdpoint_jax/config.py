@@ -62,7 +62,9 @@ def default_config() -> ConfigDict:
     config.instances = "all"  # Or names, as "full" (training without SDPoint) or "full,p01_r0.50".
     config.points = ()  # With "all": downsampling points; empty for all of the net's.
     config.ratios = (0.5, 0.75)  # With "all": downsampling ratios.
-    config.sampling = "uniform"  # Or legacy; see sdpoint_jax.instance.
+    config.sampling = "uniform"  # Or legacy, weighted or cost; see sdpoint_jax.instance.
+    config.sampling_weights = ()  # With weighted: one for each instance, in order of depth.
+    config.sampling_powers = (0.0, 0.0)  # With cost: of an instance's MACs, its weight, at the first and last step.
 
     config.instances_per_step = 1  # More share, in each step, every layer before a point.
     config.step_instances = "sandwich"  # Of those: full resolution and the cheapest; or full, or drawn. The rest drawn.
@@ -76,14 +78,22 @@ def default_config() -> ConfigDict:
     config.batch_size = 64  # Global: over all devices of all hosts.
     config.microbatches = 1  # Passes over which a device's batch is split, for less memory.
     config.learning_rate = 0.1
+    config.optimizer = "sgd"  # Or adamw or lamb.
     config.schedule = "cosine"  # Or step: multiplied by `decay` at each of `milestones`.
     config.warmup_epochs = 0.0  # Linear, from 0.
     config.milestones = ()  # Epochs.
     config.decay = 0.1
-    config.momentum = 0.9
+    config.momentum = 0.9  # Of sgd.
     config.nesterov = False
-    config.weight_decay = 1e-4  # On every parameter.
+    config.betas = (0.9, 0.999)  # Of adamw and lamb.
+    config.epsilon = 1e-8
+    config.weight_decay = 1e-4
+    config.weight_decay_on = "all"  # Parameters; or kernels, so not on BatchNorm and biases.
     config.label_smoothing = 0.0
+    config.mixup = 0.0  # Both parameters of the beta distribution of an image's share; 0 for none.
+    config.cutmix = 0.0  # Likewise; with both, each pair of images is mixed in one of the two ways.
+    config.ema_decay = 0.0  # What a step keeps of the average of the parameters; 0 for no average.
+    config.validate_ema = False  # Validate the average, not the parameters themselves.
     config.clip_norm = 0.0  # Of the gradients, global; 0 for none.
     config.on_nonfinite = "error"  # A loss or gradient that is not finite stops the run; or skip such steps.
     config.init_from = ""  # A checkpoint whose parameters to start from.
@@ -135,8 +145,15 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(f"config.dataset.image_size {tuple(size)}: a height and a width in pixels")
     if not all(value > 0 for value in flat["dataset.std"]):
         raise ValueError(f"config.dataset.std {tuple(flat['dataset.std'])}: must be positive")
-    if not 0 <= flat["label_smoothing"] < 1:
-        raise ValueError(f"config.label_smoothing {flat['label_smoothing']}: at least 0, less than 1")
+    for key in ("label_smoothing", "ema_decay"):
+        if not 0 <= flat[key] < 1:
+            raise ValueError(f"config.{key} {flat[key]}: at least 0, less than 1")
+    if flat["validate_ema"] and not flat["ema_decay"]:
+        raise ValueError("config.validate_ema True: with config.ema_decay 0.0 there is no average of the parameters")
+    if len(flat["betas"]) != 2 or not all(0 <= beta < 1 for beta in flat["betas"]):
+        raise ValueError(f"config.betas {tuple(flat['betas'])}: two numbers, each at least 0, less than 1")
+    if len(flat["sampling_powers"]) != 2 or not all(abs(power) <= 100 for power in flat["sampling_powers"]):
+        raise ValueError(f"config.sampling_powers {tuple(flat['sampling_powers'])}: two numbers of at most 100")
     _check_distillation(flat)
 
 
@@ -155,13 +172,15 @@ def _check_distillation(flat):
 
 _CHOICES = {
     "step_instances": ("sandwich", "full", "drawn"),
+    "optimizer": ("sgd", "adamw", "lamb"),
+    "weight_decay_on": ("all", "kernels"),
     "schedule": ("cosine", "step"),
     "reestimate_images": ("augmented", "clean"),
     "on_nonfinite": ("error", "skip"),
     "on_log_error": ("error", "continue"),
     "dataset.on_bad_image": ("error", "skip"),
 }
-_POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs", "distillation_temperature")
+_POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs", "distillation_temperature", "epsilon")
 _LOWEST = {
     "seed": 0,
     "batch_size": 1,
@@ -178,6 +197,8 @@ _LOWEST = {
     "momentum": 0,
     "weight_decay": 0,
     "clip_norm": 0,
+    "mixup": 0,
+    "cutmix": 0,
 }
 
 

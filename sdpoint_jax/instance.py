@@ -5,6 +5,7 @@ section 3.1). This module needs neither JAX nor the nets, so that any host can k
 """
 
 import dataclasses
+import math
 import operator
 import random
 import re
@@ -141,21 +142,65 @@ def legacy_sampling(uniform: Callable[[], float], instances: Sequence[SDPointIns
     return FULL_RESOLUTION if drawn.point == 1 else drawn
 
 
+def weighted_sampling(
+    uniform: Callable[[], float], instances: Sequence[SDPointInstance], weights: Sequence[float]
+) -> SDPointInstance:
+    """Draws each instance with a probability in proportion to its weight."""
+    left = uniform() * sum(weights)
+    for instance, weight in zip(instances, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return instance
+    return max(zip(weights, instances), key=lambda pair: pair[0])[1]  # Rounding has left nothing.
+
+
+def cost_weights(
+    costs: Sequence[float], powers: tuple[float, float] = (0.0, 0.0), progress: float = 0.0
+) -> tuple[float, ...]:
+    """Computes weights that are powers of costs: above 0 they favour the expensive, below 0 the cheap instances.
+
+    Args:
+        costs: of the instances, as MACs.
+        powers: at the first and at the last step; between them it changes in proportion to the steps.
+        progress: share of the steps that are done, in 0..1.
+    """
+    power = powers[0] + (powers[1] - powers[0]) * progress
+    favoured = max(costs) if power > 0 else min(costs)
+    return tuple((cost / favoured) ** power for cost in costs)
+
+
 SAMPLINGS = {"uniform": uniform_sampling, "legacy": legacy_sampling}
+WEIGHTED = ("weighted", "cost")  # Samplings that need weights.
 
 
-def check_sampling(sampling: str, instances: Sequence[SDPointInstance]) -> None:
+def check_sampling(sampling: str, instances: Sequence[SDPointInstance], weights: Sequence[float] | None = None) -> None:
     """Raises ValueError for an unknown sampling, or one that cannot draw from `instances`."""
     if not instances:
         raise ValueError("no instances to draw from")
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling {sampling!r}: valid are {', '.join(SAMPLINGS)}")
+    if sampling not in (*SAMPLINGS, *WEIGHTED):
+        raise ValueError(f"sampling {sampling!r}: valid are {', '.join((*SAMPLINGS, *WEIGHTED))}")
     if sampling == "legacy" and FULL_RESOLUTION not in instances:
         raise ValueError("legacy sampling draws full resolution instead of block 1: it must be among the instances")
+    if weights is not None:
+        check_weights(weights, instances)
+
+
+def check_weights(weights: Sequence[float], instances: Sequence[SDPointInstance]) -> None:
+    """Raises ValueError unless there is a weight of at least 0 for each instance, and one above 0."""
+    given = tuple(weights)
+    if len(given) != len(instances):
+        names = ", ".join(instance.name for instance in instances)
+        raise ValueError(f"weights {given}: needs {len(instances)} of them, for {names}")
+    if not all(weight >= 0 and math.isfinite(weight) for weight in given) or not sum(given) > 0:
+        raise ValueError(f"weights {given}: must be finite, at least 0, and sum to more than 0")
 
 
 def sample_instance(
-    seed: int, step: int, instances: Sequence[SDPointInstance], sampling: str = "uniform"
+    seed: int,
+    step: int,
+    instances: Sequence[SDPointInstance],
+    sampling: str = "uniform",
+    weights: Sequence[float] | None = None,
 ) -> SDPointInstance:
     """Draws the instance of one training step, for the whole global batch (Kuen et al. 2018, section 3.1).
 
@@ -166,14 +211,19 @@ def sample_instance(
         seed: any integer.
         step: the training step, from 0.
         instances: those to draw from, in a fixed order.
-        sampling: `uniform`, the paper's; or `legacy`, see `legacy_sampling`.
+        sampling: `uniform`, the paper's; `legacy`, see `legacy_sampling`; or `weighted` or `cost`, by `weights`.
+        weights: of the instances, at this step.
 
     Raises:
         ValueError: see `check_sampling`.
     """
-    check_sampling(sampling, instances)
+    check_sampling(sampling, instances, weights)
     # Seeded by a string, Python's generator gives the same `random()` in all versions.
     generator = random.Random(f"sdpoint {operator.index(seed)} {operator.index(step)}")
+    if sampling in WEIGHTED:
+        if weights is None:
+            raise ValueError(f"sampling {sampling!r}: needs weights")
+        return weighted_sampling(generator.random, instances, weights)
     return SAMPLINGS[sampling](generator.random, instances)
 
 
@@ -185,6 +235,7 @@ def sample_set(
     *,
     always: Sequence[SDPointInstance] = (),
     sampling: str = "uniform",
+    weights: Sequence[float] | None = None,
 ) -> tuple[SDPointInstance, ...]:
     """Draws the instances that one training step trains together, as `sample_instance` draws one.
 
@@ -194,6 +245,7 @@ def sample_set(
     Args:
         seed, step, sampling: see `sample_instance`.
         instances: all of the run, in a fixed order.
+        weights: of all of them; those of the instances that are trained always do not count.
         count: of the instances of a step.
         always: in every set; fewer than `count`, or as many, and then nothing is drawn.
 
@@ -203,7 +255,9 @@ def sample_set(
     others = _others(instances, always)
     if count == len(always):
         return _ordered(always, instances)
-    drawn = sample_instance(seed, step, others, sampling)
+    if weights is not None:
+        weights = [weight for instance, weight in zip(instances, weights, strict=True) if instance in others]
+    drawn = sample_instance(seed, step, others, sampling, weights)
     return _ordered((*always, *_with_companions(drawn, others, count - len(always))), instances)
 
 

@@ -11,6 +11,7 @@ from sdpoint_jax.instance import (
     FULL_RESOLUTION,
     STEM,
     SDPointInstance,
+    cost_weights,
     list_instances,
     list_sets,
     sample_instance,
@@ -166,10 +167,48 @@ def test_a_single_instance_is_always_drawn():
 def test_draws_outside_of_the_settings_are_errors():
     with pytest.raises(ValueError, match="no instances"):
         sample_instance(0, 0, [])
-    with pytest.raises(ValueError, match="sampling 'paper': valid are uniform, legacy"):
+    with pytest.raises(ValueError, match="sampling 'paper': valid are uniform, legacy, weighted, cost"):
         sample_instance(0, 0, [FULL_RESOLUTION], "paper")
     with pytest.raises(ValueError, match="legacy sampling .*full resolution"):
         sample_instance(0, 0, [SDPointInstance(1, 0.5)], "legacy")
+
+
+def test_weights_are_the_probabilities_of_a_draw():
+    instances = _instances(BASIC)[:4]
+    weights = (1.0, 0.0, 3.0, 4.0)
+    counts = collections.Counter(sample_instance(0, step, instances, "weighted", weights) for step in range(DRAWS))
+    expected = {i: DRAWS * weight / 8 for i, weight in zip(instances, weights) if weight}
+    assert set(counts) == set(expected) and _chi_square(counts, expected) < _limit(2)
+    pair = [
+        sample_set(0, step, instances, 2, always=instances[:1], sampling="weighted", weights=weights)
+        for step in range(999)
+    ]
+    assert {drawn[1] for drawn in pair} == {instances[2], instances[3]}
+
+
+def test_powers_of_costs_favour_the_cheap_at_first_and_full_resolution_at_last():
+    costs = (8.0, 2.0, 4.0)
+    assert cost_weights(costs) == (1.0, 1.0, 1.0)
+    assert cost_weights(costs, (1.0, 1.0)) == (1.0, 0.25, 0.5)
+    assert cost_weights(costs, (-1.0, 1.0), 0.0) == (0.25, 1.0, 0.5)
+    assert cost_weights(costs, (-1.0, 1.0), 0.5) == (1.0, 1.0, 1.0)
+    assert cost_weights(costs, (-1.0, 1.0), 1.0) == (1.0, 0.25, 0.5)
+    assert sum(cost_weights((1e12, 1.0), (100.0, 100.0))) == sum(cost_weights((1e12, 1.0), (-100.0, 0.0))) == 1.0
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ((1.0,), r"weights \(1.0,\): needs 2 of them, for full, p01_r0.50"),
+        ((0.0, 0.0), "must be finite, at least 0, and sum to more than 0"),
+        ((2.0, -1.0), "must be finite, at least 0"),
+        ((float("inf"), 1.0), "must be finite"),
+        (None, "sampling 'weighted': needs weights"),
+    ],
+)
+def test_weights_that_cannot_be_drawn_by_are_errors(weights, message):
+    with pytest.raises(ValueError, match=message):
+        sample_instance(0, 0, _instances(BASIC)[:2], "weighted", weights)
 
 
 def test_a_set_of_one_is_the_draw_of_one():

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", default="", help="only these downsampling ratios")
     parser.add_argument("--split", default="", help="split of the data set to evaluate; by default that of the config")
     parser.add_argument(
+        "--parameters",
+        choices=("trained", "ema"),
+        default="trained",
+        help="ema: the average of the parameters, which a run with config.ema_decay keeps",
+    )
+    parser.add_argument(
         "--statistics",
         choices=("reestimated", "imported"),
         default="reestimated",
@@ -85,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data_dir is not None:
         config.dataset.data_dir = args.data_dir
     parts = experiment.Experiment(config)
-    parts.check_params(arrays["params"], args.workdir)
+    params = _params(args, arrays)
+    parts.check_params(params, args.workdir)
     statistics = _imported_statistics(args, arrays, parts) if args.statistics == "imported" else None
     instances = parts.instances if statistics is None else (FULL_RESOLUTION,)
     if args.instances or args.points or args.ratios:
@@ -96,9 +103,7 @@ def run(args: argparse.Namespace) -> None:
     if args.cascades:
         held_out = {"calibration_split": args.calibration_split, "calibration_images": args.calibration_images}
         plan = cascades.plan_cascades(parts, instances, args.cascades, split=split, **held_out)
-    rows = sweep.sweep(
-        parts, arrays["params"], instances, output, split=split, baseline=baseline, statistics=statistics
-    )
+    rows = sweep.sweep(parts, params, instances, output, split=split, baseline=baseline, statistics=statistics)
     print(table.format_table(rows))
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
     if args.cascades:
@@ -107,6 +112,14 @@ def run(args: argparse.Namespace) -> None:
         print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
     if batch_sizes:
         profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes)
+
+
+def _params(args, arrays):
+    if args.parameters == "trained":
+        return arrays["params"]
+    if "ema" not in arrays:
+        raise ValueError(f"--parameters=ema: {args.workdir} holds no average; config.ema_decay keeps one in training")
+    return arrays["ema"]
 
 
 def _imported_statistics(args, arrays, experiment):

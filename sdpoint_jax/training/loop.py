@@ -130,8 +130,8 @@ class Loop:
         if self._run.step and self._validation_is_due():  # It was interrupted.
             self._validate()
             self._save(replace=True)
-        batches = self._plan.experiment.training_batches(self._run.step)
-        with batches, self._bar:
+        batches = self._plan.training_batches(self._run.step)
+        with contextlib.closing(batches), self._bar:
             self._clock = time.perf_counter()
             for batch in itertools.islice(prefetch(batches), self._plan.total_steps - self._run.step):
                 self._start_step(batch)
@@ -197,7 +197,7 @@ class Loop:
     def _validate(self):
         """Re-estimates and evaluates the validation instances."""
         config, experiment, run = self._plan.config, self._plan.experiment, self._run
-        params = jax.device_get(run.train.params)
+        params = jax.device_get(run.train.ema if config.validate_ema else run.train.params)
         with experiment.reestimation_batches(config.reestimate_images) as batches:
             chosen = itertools.islice(batches, config.reestimate_batches)
             statistics = self._evaluator.reestimate(params, self._until_stop(chosen))

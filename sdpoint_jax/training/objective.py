@@ -60,6 +60,8 @@ def losses_of_set(
     logits: Mapping[SDPointInstance, jax.Array],
     labels: jax.Array,
     teacher_logits: jax.Array | None = None,
+    others: jax.Array | None = None,
+    shares: jax.Array | None = None,
     *,
     label_smoothing: float = 0.0,
     distillation: Distillation | None = None,
@@ -70,13 +72,18 @@ def losses_of_set(
         logits: [B, K] by instance.
         labels: [B].
         teacher_logits: [B, K] of the teacher; without one, full resolution is the teacher of the others.
+        others: [B], labels of what the images are mixed with; None where they are not.
+        shares: [B], of `labels` in the loss; the rest is that of `others`.
         label_smoothing: see `cross_entropy`.
         distillation: None for labels alone.
     """
     targets = logits.get(FULL_RESOLUTION) if teacher_logits is None else teacher_logits
     losses = {}
     for instance, own in logits.items():
-        loss = cross_entropy(own, labels, label_smoothing).mean()
+        loss = cross_entropy(own, labels, label_smoothing)
+        if others is not None:
+            loss = shares * loss + (1 - shares) * cross_entropy(own, others, label_smoothing)
+        loss = loss.mean()
         taught = distillation and (teacher_logits is not None or instance != FULL_RESOLUTION)
         if taught:
             soft = distillation_loss(own, jax.lax.stop_gradient(targets), distillation.temperature).mean()

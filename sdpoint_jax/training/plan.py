@@ -1,15 +1,26 @@
 """What a training run computes, from its config: the state before step 0, the programs, each step's draw."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from sdpoint_jax.experiment import Experiment, parse_instances
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance, list_sets, sample_set, set_name
+from sdpoint_jax.instance import (
+    FULL_RESOLUTION,
+    SDPointInstance,
+    check_weights,
+    cost_weights,
+    list_sets,
+    sample_set,
+    set_name,
+)
 from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
+from sdpoint_jax.training.mixing import Mixing
 from sdpoint_jax.training.objective import Distillation
-from sdpoint_jax.training.optimizer import SGD, LearningRate
+from sdpoint_jax.training.optimizer import LearningRate, optimizer_of
 from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state
 from sdpoint_jax.training.teacher import load_teacher
 
@@ -52,18 +63,39 @@ class Plan:
                 f"config.microbatches {config.microbatches}: does not divide a device's {local_batch} images"
             )
         self._always = _always(config, self.experiment)
+        self._costs = _costs(self.experiment)
+        self._mixing = _mixing(config, self.experiment, local_batch)
         self.sets = list_sets(self.experiment.instances, config.instances_per_step, self._always)
+        _check_weights(config, self.experiment.instances, self._always)
         self.teacher = load_teacher(self.experiment) if config.teacher else None
         self.validation_instances = _validation_instances(config, self.experiment)
         steps_per_epoch = images / config.batch_size
         self.total_steps = max(1, round(config.num_epochs * steps_per_epoch))
         self.validate_every = max(1, round(config.validate_every_epochs * steps_per_epoch))
-        self._optimizer = SGD(config.momentum, config.nesterov, config.weight_decay, config.clip_norm)
+        self._optimizer = optimizer_of(config)
         self._schedule = learning_rate_of(config, steps_per_epoch, self.total_steps)
 
     def create_state(self) -> TrainState:
         """Makes the state before step 0, on the host."""
-        return create_state(self.experiment.model, self._optimizer, self.config.seed, self.experiment.image_shape)
+        return create_state(
+            self.experiment.model,
+            self._optimizer,
+            self.config.seed,
+            self.experiment.image_shape,
+            ema=self.config.ema_decay > 0,
+        )
+
+    def training_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields this host's share of the training batches from `start_step` on, and how their images are mixed."""
+        with self.experiment.training_batches(start_step) as batches:
+            for step, batch in enumerate(batches, start_step):
+                yield batch | self._mixes(step) if self._mixing else batch
+
+    def _mixes(self, step):
+        local_batch = self.config.batch_size // jax.process_count()
+        first = jax.process_index() * local_batch
+        rows = self._mixing.rows(self.config.seed, step, self.config.batch_size, self.experiment.image_shape[:2])
+        return {"mixes": rows[first : first + local_batch]}
 
     def programs(self, state: TrainState) -> TrainPrograms:
         """Makes the programs for such a state, yet to be compiled; a teacher gets its statistics here."""
@@ -72,6 +104,8 @@ class Plan:
             "images": shape_of_shards((local_batch, *self.experiment.image_shape), np.uint8),
             "labels": shape_of_shards((local_batch,), np.int32),
         }
+        if self._mixing:
+            batch["mixes"] = shape_of_shards((local_batch, 5), np.float32)
         return TrainPrograms(
             state,
             batch,
@@ -82,6 +116,7 @@ class Plan:
             label_smoothing=self.config.label_smoothing,
             microbatches=self.config.microbatches,
             skip_nonfinite=self.config.on_nonfinite == "skip",
+            ema_decay=self.config.ema_decay,
             distillation=self._distillation(),
             teacher=self.teacher and self.teacher.variables(self.experiment),
         )
@@ -102,7 +137,17 @@ class Plan:
             config.instances_per_step,
             always=self._always,
             sampling=config.sampling,
+            weights=self._weights(step),
         )
+
+    def _weights(self, step):
+        config = self.config
+        if config.sampling == "weighted":
+            return config.sampling_weights
+        if config.sampling == "cost":
+            progress = step / max(1, self.total_steps - 1)
+            return cost_weights(self._costs, tuple(config.sampling_powers), progress)
+        return None
 
     def describe_cost(self) -> str:
         """Says what the steps cost: the exact MACs of forward and backward, over those of full resolution alone."""
@@ -138,6 +183,37 @@ def _validation_instances(config, experiment):
     return tuple(instance for instance in (FULL_RESOLUTION, *drawn) if instance in chosen)
 
 
+def _costs(experiment):
+    images = experiment.image_shape[:2], experiment.dataset.channels
+    return [count_macs(experiment.model, instance, *images) for instance in experiment.instances]
+
+
+def _check_weights(config, instances, always):
+    if config.sampling != "weighted":
+        return
+    try:
+        check_weights(config.sampling_weights, instances)
+        if config.instances_per_step > len(always):
+            check_weights(*zip(*(pair for pair in zip(config.sampling_weights, instances) if pair[1] not in always)))
+    except ValueError as error:
+        raise ValueError(f"config.sampling_{error}") from None
+
+
+def _mixing(config, experiment, local_batch):
+    """Returns how images are mixed; None where they are not."""
+    if not config.mixup and not config.cutmix:
+        return None
+    key = "mixup" if config.mixup else "cutmix"
+    if experiment.dataset.num_classes == 1:
+        raise ValueError(f"config.{key} {config[key]}: {experiment.dataset.name} has one class, nothing to mix")
+    if local_batch // config.microbatches % 2:
+        raise ValueError(
+            f"config.{key} {config[key]}: mixes images in pairs, and {local_batch // config.microbatches} of them in a "
+            "device's batch, or a part of it, is odd: see config.batch_size and config.microbatches"
+        )
+    return Mixing(config.mixup, config.cutmix)
+
+
 def _always(config, experiment):
     """Picks the instances that every step trains."""
     count, instances = config.instances_per_step, experiment.instances
@@ -159,6 +235,5 @@ def _always(config, experiment):
         )
     if config.step_instances == "full":
         return (FULL_RESOLUTION,)
-    images = experiment.image_shape[:2], experiment.dataset.channels
-    cheapest = min(instances, key=lambda instance: count_macs(experiment.model, instance, *images))
-    return FULL_RESOLUTION, cheapest
+    others = [pair for pair in zip(_costs(experiment), instances) if pair[1] != FULL_RESOLUTION]
+    return FULL_RESOLUTION, min(others, key=lambda pair: pair[0])[1]

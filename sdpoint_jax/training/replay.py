@@ -1,5 +1,6 @@
 """Replays one step of a run that was not finite, to see where that begins."""
 
+import contextlib
 import pathlib
 
 import jax
@@ -26,7 +27,7 @@ def replay(config: ConfigDict, workdir: pathlib.Path, step: int) -> str:
     restore.check_workdir(config, workdir)
     plan = Plan(config)
     state = restore.restore_step(plan, workdir, step).train
-    with plan.experiment.training_batches(step) as batches:
+    with contextlib.closing(plan.training_batches(step)) as batches:
         batch = shard(next(iter(batches)))
     program = plan.programs(state).gradients(plan.draw(step))
     grads, metrics = jax.device_get(program(replicate(state.params), Control(step).shard(), batch))

@@ -55,14 +55,15 @@ class RunState:
             "skipped": self.skipped,
             "versions": {name: metadata.version(name) for name in _LIBRARIES},
         }
-        return serialization.to_state_dict(jax.device_get(self.train)), record
+        arrays = serialization.to_state_dict(jax.device_get(self.train))
+        return {name: value for name, value in arrays.items() if value is not None}, record
 
     @classmethod
     def from_record(cls, train: TrainState, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> "RunState":
         """Returns the inverse of `to_record`; the values of `train` are not used."""
         found = record["validation"]
         return cls(
-            serialization.from_state_dict(train, arrays),
+            serialization.from_state_dict(train, {"ema": None, **arrays}),
             record["step"],
             found and {name: Metrics(**values) for name, values in found.items()},
             record["validated_at"],
@@ -124,7 +125,8 @@ def restore_or_create(plan: Plan, workdir: pathlib.Path) -> RunState:
     if found:
         return _from_checkpoint(plan.config, folder / str(found[0]), state, *found[1:])
     if plan.config.init_from:
-        state = state.replace(params=_initial_params(plan.experiment, state.params))
+        params = _initial_params(plan.experiment, state.params)
+        state = state.replace(params=params, ema=state.ema and jax.tree.map(np.copy, params))
     return RunState(state)
 
 

@@ -25,6 +25,7 @@ from sdpoint_jax.programs.devices import (
     shapes_of,
     shard,
 )
+from sdpoint_jax.training.mixing import mix
 from sdpoint_jax.training.objective import Distillation, forward_set, losses_of_set
 
 PyTree = Any
@@ -39,11 +40,13 @@ class TrainState:
         step: number of the next step, int32 scalar.
         params: float32 parameters of the net.
         opt_state: of the optimiser.
+        ema: exponential moving average of the parameters; None without one.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    ema: Any = None
 
 
 class Control(NamedTuple):
@@ -71,16 +74,30 @@ class Control(NamedTuple):
 
 
 def create_state(
-    model: ResNet, optimizer: optax.GradientTransformation, seed: int, image_shape: tuple[int, int, int]
+    model: ResNet,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    image_shape: tuple[int, int, int],
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """Makes the state before step 0, on the host, with parameters drawn from `seed`; `image_shape` is (H, W, C)."""
+    """Makes the state before step 0, on the host.
+
+    Args:
+        model: the net.
+        optimizer: see `update_step`.
+        seed: of the parameters.
+        image_shape: (H, W, C).
+        ema: whether to keep an average of the parameters, which begins with them.
+    """
 
     @jax.jit
     def init(key):
         params = model.init(key, jnp.zeros((1, *image_shape)), train=False)["params"]
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    return jax.device_get(init(jax.random.key(seed)))
+    state = jax.device_get(init(jax.random.key(seed)))
+    return state.replace(ema=jax.tree.map(np.copy, state.params)) if ema else state
 
 
 def gradient_step(
@@ -101,7 +118,8 @@ def gradient_step(
     Args:
         params: replicated.
         control: each field int32 [1].
-        batch: this device's `images` [b, H, W, C] uint8 and `labels` [b].
+        batch: this device's `images` [b, H, W, C] uint8 and `labels` [b]; and `mixes`, see `mixing.Mixing.rows`, where
+            images are mixed with their neighbours.
         teacher: variables of `distillation.teacher`, replicated, if it has one.
         model: the net; with its `axis_name` None, each device (and microbatch) normalises by itself.
         instances: static; those that the step trains. Their losses are averaged, and layers that they share, those
@@ -117,11 +135,13 @@ def gradient_step(
         instances, `instances` with the `loss` and `accuracy` of each by its name.
     """
 
-    def loss_and_metrics(params, images, labels):
-        x = preprocess(images)
+    def loss_and_metrics(params, images, labels, mixes=None):
+        x, others, shares = mix(preprocess(images), labels, mixes)
         logits = forward_set(model, params, x, instances)
         taught = None if teacher is None else distillation.teacher.apply(teacher, x, train=False)
-        losses = losses_of_set(logits, labels, taught, label_smoothing=label_smoothing, distillation=distillation)
+        losses = losses_of_set(
+            logits, labels, taught, others, shares, label_smoothing=label_smoothing, distillation=distillation
+        )
         accuracies = {instance: (own.argmax(-1) == labels).mean() for instance, own in logits.items()}
         metrics = {"accuracy": _mean(accuracies)}
         if len(instances) > 1:
@@ -168,6 +188,7 @@ def update_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     skip_nonfinite: bool = False,
+    ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Applies gradients, on one device: the same program for every instance.
 
@@ -178,6 +199,7 @@ def update_step(
         schedule: learning rate at a step.
         skip_nonfinite: whether a step whose loss or gradients are not finite counts, without an effect. Otherwise
             the state stays as it was before that step, also through later steps.
+        ema_decay: share of the average of the parameters that a step keeps, where `state` has one.
 
     Returns:
         (state, metrics), with the global norm of the gradients, whether that and the loss are finite, and the
@@ -189,12 +211,15 @@ def update_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     applies = finite & (state.step == control.step[0])
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(applies, new, old), (params, opt_state), (state.params, state.opt_state)
+    ema = state.ema and jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, state.ema, params)
+    params, opt_state, ema = jax.tree.map(
+        lambda new, old: jnp.where(applies, new, old),
+        (params, opt_state, ema),
+        (state.params, state.opt_state, state.ema),
     )
     step = state.step + (1 if skip_nonfinite else applies)
     metrics |= {"gradient_norm": norm, "finite": finite, "learning_rate": learning_rate}
-    return TrainState(step, params, opt_state), metrics
+    return TrainState(step, params, opt_state, ema), metrics
 
 
 class TrainPrograms:
@@ -212,6 +237,7 @@ class TrainPrograms:
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         skip_nonfinite: bool = False,
+        ema_decay: float = 0.0,
         teacher: PyTree | None = None,
         **kwargs: Any,
     ):
@@ -220,13 +246,15 @@ class TrainPrograms:
         Args:
             state: `TrainState` or its shapes.
             batch: sharded, or its shapes; see `devices.shard` and `devices.shape_of_shards`.
-            optimizer, schedule, skip_nonfinite: see `update_step`.
+            optimizer, schedule, skip_nonfinite, ema_decay: see `update_step`.
             teacher: variables of a teacher, on the host.
             **kwargs: of `gradient_step`, without the instances.
         """
         state, batch, control = *shapes_of((state, batch)), Control.shapes()
         self._teacher = () if teacher is None else (replicate(teacher),)
-        update = functools.partial(update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite)
+        update = functools.partial(
+            update_step, optimizer=optimizer, schedule=schedule, skip_nonfinite=skip_nonfinite, ema_decay=ema_decay
+        )
 
         metrics = {
             "loss": jax.ShapeDtypeStruct((), np.float32),

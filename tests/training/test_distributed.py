@@ -66,15 +66,29 @@ def test_a_process_that_dies_ends_the_others(tmp_path, dies):
     started[dies].communicate()
 
 
+MORE_SETTINGS = (
+    "--config.instances=full,p01_r0.50,p02_r0.75,p03_r0.50",
+    "--config.instances_per_step=3",
+    "--config.distillation=0.5",
+    "--config.sampling=cost",
+    "--config.sampling_powers=-2.0,2.0",
+    "--config.mixup=0.2",
+    "--config.cutmix=1.0",
+    "--config.ema_decay=0.9",
+    "--config.validate_ema=True",
+)
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(tmp_path):
+@pytest.mark.parametrize("flags", [(), MORE_SETTINGS], ids=["paper", "more"])
+def test_two_processes_train_as_one_and_stop_together(tmp_path, flags):
     one, two = tmp_path / "one", tmp_path / "two"
-    alone = start(one, 1, 4)
+    alone = start(one, 1, 4, *flags)
     processes.finish(alone)
 
-    stopped_at = stop_after(5, start(two, 2, 2), two)
-    stop_after(stopped_at + 5, start(two, 1, 4), two)
-    first, second = processes.finish(start(two, 2, 2))
+    stopped_at = stop_after(5, start(two, 2, 2, *flags), two)
+    stop_after(stopped_at + 5, start(two, 1, 4, *flags), two)
+    first, second = processes.finish(start(two, 2, 2, *flags))
     assert "top-1" in first and "continuing after" not in second
 
     chex.assert_trees_all_close(params_of(one), params_of(two), atol=1e-6, rtol=0)

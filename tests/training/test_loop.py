@@ -11,8 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import chex
+import commands
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -23,7 +26,7 @@ from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.profiling.macs import list_layers
-from sdpoint_jax.storage import checkpoint
+from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.training import logs, plan, replay
 from sdpoint_jax.training import loop as training
@@ -107,6 +110,60 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, whole))
     chex.assert_trees_all_equal(ours, theirs)
+
+
+def with_everything(teacher):
+    """A config in which every setting differs from the paper's recipe."""
+    config = tiny.config(
+        instances="full,p01_r0.50,p02_r0.75,p03_r0.50",
+        instances_per_step=3,
+        distillation=0.5,
+        distillation_temperature=2.0,
+        teacher=str(teacher),
+        sampling="cost",
+        sampling_powers=(-3.0, 3.0),
+        optimizer="lamb",
+        weight_decay_on="kernels",
+        learning_rate=0.01,
+        mixup=0.2,
+        cutmix=1.0,
+        ema_decay=0.9,
+        validate_ema=True,
+        clip_norm=1.0,
+        label_smoothing=0.1,
+        batch_size=32,
+        num_epochs=0.5,
+        checkpoint_every_steps=4,
+    )
+    config.model.cross_device_norm = config.model.remat = True
+    return config
+
+
+def test_a_stopped_run_with_every_setting_ends_as_an_uninterrupted_one(finished, tmp_path):
+    config = with_everything(finished[0])
+    results = training.train(config, tmp_path / "whole")
+    StopAfter(tmp_path / "stopped", 4).start()
+    with pytest.raises(training.Interrupted):
+        training.train(config, tmp_path / "stopped")
+    assert training.train(config, tmp_path / "stopped") == results
+    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+    arrays, others = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "stopped"))
+    chex.assert_trees_all_equal(arrays, others)
+    different = jax.tree.map(lambda a, b: np.any(a != b), arrays["params"], arrays["ema"])
+    assert all(jax.tree.leaves(different))
+    commands.run("evaluate", f"--workdir={tmp_path / 'whole'}", "--parameters=ema", "--instances=full")
+    (row,) = artefact.load(tmp_path / "whole" / "sweep" / "artefact").rows
+    assert 0 <= row.top1 <= 1
+    chex.assert_trees_all_equal(artefact.load(tmp_path / "whole" / "sweep" / "artefact").params, arrays["ema"])
+
+
+def test_draws_by_cost_go_from_cheap_to_full():
+    found = plan.Plan(tiny.config(instances="all", sampling="cost", sampling_powers=(-4.0, 8.0), num_epochs=30.0))
+    costs = dict(zip(found.experiment.instances, found._costs))
+    drawn = [costs[found.draw(step)[0]] / max(costs.values()) for step in range(found.total_steps)]
+    third = len(drawn) // 3
+    assert np.mean(drawn[:third]) < np.mean(drawn[third:-third]) < np.mean(drawn[-third:])
 
 
 def test_a_fixed_instance_trains_without_sdpoint(tmp_path):
@@ -419,7 +476,7 @@ def test_a_stop_before_there_is_anything_to_save_ends_the_process_at_once():
         ({"instances": "half"}, "instance name 'half': valid are"),
         ({"instances": "all", "ratios": (1.5,)}, r"ratio 1.5 at point 1: a downsampling ratio lies in \(0, 1\)"),
         ({"instances": "all", "points": (7,)}, r"points \[7\]: the net has 0 .* and 1 to 3"),
-        ({"sampling": "random"}, "sampling 'random': valid are uniform, legacy"),
+        ({"sampling": "random"}, "sampling 'random': valid are uniform, legacy, weighted, cost"),
         ({"init_from": "nowhere"}, "nowhere: no such checkpoint"),
     ],
 )
@@ -429,6 +486,12 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(tmp_pa
         training.train(tiny.config(**change), workdir)
     assert "\n" not in str(error.value)
     assert not (workdir / "checkpoints").exists()
+
+
+def test_a_data_set_of_one_class_cannot_be_mixed():
+    experiment = SimpleNamespace(dataset=SimpleNamespace(num_classes=1, name="cats"))
+    with pytest.raises(ValueError, match="config.mixup 0.2: cats has one class, nothing to mix"):
+        plan._mixing(tiny.config(mixup=0.2), experiment, 4)
 
 
 def test_the_learning_rate_follows_the_config():

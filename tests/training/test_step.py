@@ -202,6 +202,24 @@ def test_a_step_that_is_not_finite_changes_nothing(skips):
         chex.assert_trees_all_equal(history[1].params, history[4].params)
 
 
+def test_the_average_of_the_parameters_follows_them_at_its_rate():
+    model = tiny.net()
+    optimizer = SGD(0.9, False, 1e-3)
+    state = steps.create_state(model, optimizer, 0, tiny.IMAGE_SHAPE, ema=True)
+    batch = devices.shard(tiny.batch(16))
+    programs, plain = (make_programs(model, start, batch, ema_decay=0.75) for start in (state, make_state(model)))
+    current, without = devices.replicate(state), devices.replicate(make_state(model))
+    average = state.params
+    for step in range(3):
+        current, _ = programs[FULL_RESOLUTION](current, control(step), batch)
+        without, _ = plain[FULL_RESOLUTION](without, control(step), batch)
+        params = jax.device_get(current.params)
+        average = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, average, params)
+    chex.assert_trees_all_close(jax.device_get(current.ema), average, rtol=1e-5, atol=1e-8)
+    chex.assert_trees_all_equal(params, jax.device_get(without.params))
+    assert without.ema is None
+
+
 def test_a_flag_of_any_device_reaches_all():
     model = tiny.net()
     state, batch = make_state(model), devices.shard(tiny.batch(16))
