@@ -560,17 +560,20 @@ class Plan:
         That is the smallest one that is about as quick as any, for what waits; in a hurry, the quickest. Then come the
         larger ones, then the smaller ones.
         """
-        count = min(len(self.line), self.table.batch_sizes[-1])
-        work = self.table.work[instance, :, count]
-        best = int(np.argmax(work <= (1 if hurry else _TOLERANCE) * work.min()))
-        useful = bisect.bisect_left(self.table.batch_sizes, count) + 1
+        best = self._best_size(len(self.line), instance, 1.0 if hurry else _TOLERANCE)
+        useful = bisect.bisect_left(self.table.batch_sizes, min(len(self.line), self.table.batch_sizes[-1])) + 1
         return [*range(best, max(useful, best + 1)), *reversed(range(best))]
+
+    def _best_size(self, count: int, instance: int, tolerance: float) -> int:
+        work = self.table.work[instance, :, min(count, self.table.batch_sizes[-1])]
+        return int(np.argmax(work <= tolerance * work.min()))
 
     def lateness(self, instance: int, size: int, *, level: float = 0.0, since: float = -math.inf) -> float:
         """Returns by how many seconds a deadline is missed if the queue is drained from now on.
 
-        The most urgent class is run on one instance, the other classes on theirs at a level, all in batches of limited
-        size. A batch ends at the latest when all work before it is done, shared by the workers, and then its own.
+        The most urgent class is run on one instance in batches of limited size, the other classes on theirs at a level,
+        in the batch sizes that are best for them. A batch ends at the latest when all work before it is done, shared by
+        the workers, and then its own.
 
         Args:
             instance: its number.
@@ -581,9 +584,11 @@ class Plan:
         Returns:
             the largest lateness of a batch; negative where all are in time.
         """
-        parts = [
-            self._batches(line, instance if line is self.line else line.at_level(level), size) for line in self._lines
-        ]
+        parts = [self._batches(self.line, instance, size)]
+        for line in self._lines:
+            if line is not self.line:
+                option = line.at_level(level)
+                parts.append(self._batches(line, option, self._best_size(len(line), option, _TOLERANCE)))
         deadlines, times = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts))
         if len(parts) > 1:
             order = np.argsort(deadlines, kind="stable")

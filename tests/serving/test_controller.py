@@ -85,9 +85,25 @@ def test_a_single_request_gets_the_most_accurate_instance_that_its_deadline_allo
 
 def test_those_behind_count_as_well_as_the_most_urgent():
     control = controller(policy="headroom:0")
-    for k in range(9):  # At full resolution the ninth ends after 9 * 9 = 81 ms; it has 60.
+    for k in range(9):  # At full resolution the ninth ends after 2 * 36 + 10 = 82 ms, on the middle one after 41.
         control.submit(Request(k, deadline=0.06), 0.0)
     assert control.next_batch(0.0).instance == MIDDLE
+
+
+def test_a_queue_of_several_classes_is_planned_at_one_level():
+    control = controller(policy="headroom:0")
+    control.submit(Request("first", deadline=0.035), 0.0)
+    for k in range(6):  # On the middle instance, 28 ms: after 10 ms it would be too late, though not on the cheapest.
+        control.submit(Request(k, deadline=0.036, max_macs=50), 0.0)
+    assert control.next_batch(0.0).instance == MIDDLE
+
+
+def test_many_at_once_are_taken_for_the_start_of_an_outburst():
+    for policy, instance in (("headroom:0", MIDDLE), ("headroom", CHEAP)):
+        control = controller(policy=policy)
+        for k in range(9):
+            control.submit(Request(k, deadline=0.06), 0.0)
+        assert control.next_batch(0.0).instance == instance
 
 
 def test_the_most_urgent_go_first_and_equal_deadlines_in_the_order_in_which_they_came():
@@ -178,6 +194,10 @@ def test_free_seats_of_a_batch_go_to_requests_of_stricter_classes():
     control.submit(Request("cheap", deadline=0.06, max_macs=30), 0.0)
     batch = control.next_batch(0.0)
     assert batch.instance == FULL and [request.id for request in batch.requests] == ["free", "named"]
+    control.observe(batch, None, 0.0)
+    control.submit(Request("could have a better one", deadline=0.07), 0.0)
+    batch = control.next_batch(0.0)
+    assert batch.instance == INSTANCES[1].name and [request.id for request in batch.requests] == ["cheap"]
 
 
 def test_what_is_accepted_but_became_hopeless_is_given_up_once():
@@ -282,7 +302,7 @@ def test_an_outlier_changes_next_to_nothing():
         control.submit(Request(k, deadline=k + 0.5), float(k))
         batch = control.next_batch(float(k))
         control.observe(batch, 1.0 if k == 15 else 0.01, k + 0.01)
-    assert control.slowness == pytest.approx(1.0, abs=0.01)
+        assert control.slowness == pytest.approx(1.0, abs=0.01)
 
 
 def test_an_instance_that_is_slower_than_profiled_is_corrected_for_itself():
