@@ -6,6 +6,7 @@ passes over the data, a group of them at a time; each group is kept until the en
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -136,7 +137,8 @@ def _group_results(experiment, params, group, output, split, imported):
         progress.say(f"measured before: {names[0]} to {names[-1]}")
         statistics, metrics = found
         return {i: statistics.get(i.name, {}) for i in group}, {i: Metrics(**metrics[i.name]) for i in group}
-    statistics, metrics = _measure(experiment, params, group, split, imported)
+    measure = functools.partial(_measure, statistics=imported) if imported else _measure
+    statistics, metrics = measure(experiment, params, group, split)
     if is_main_host():
         arrays = {instance.name: statistics[instance] for instance in group}
         kept = {instance.name: dataclasses.asdict(metrics[instance]) for instance in group}
@@ -163,7 +165,7 @@ def _all_hosts(value):
     return bool(multihost_utils.process_allgather(np.bool_(value)).all())
 
 
-def _measure(experiment, params, group, split, statistics):
+def _measure(experiment, params, group, split, statistics=None):
     config, size = experiment.config, experiment.evaluation_batch_size
     evaluator = Evaluator(
         experiment.model,

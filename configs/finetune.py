@@ -1,0 +1,39 @@
+"""A trained net made adjustable: from imported weights, with your own images, in a few epochs.
+
+    python -m sdpoint_jax import weights.safetensors --model=resnet20 --rename=linear:fc --output=runs/original
+    python train.py --config=configs/finetune.py:/path/to/images --workdir=runs/finetuned
+    python evaluate.py --workdir=runs/finetuned
+
+After the colon: a folder with train/<class>/* and test/<class>/*, of the classes of the weights, in their order. The
+weights are expected in runs/original: config.init_from and config.teacher name other ones. Each step trains full
+resolution, the cheapest instance and a drawn one, and the original net teaches all three. As it stands, the net and the
+preprocessing are those of a CIFAR ResNet-20 with images of 32x32 pixels; docs/finetune.md says what to set for others.
+One GPU, or an hour or so on a CPU of a few cores for 15,000 images; no result of a full run is given yet.
+"""
+
+from sdpoint_jax.config import default_config
+
+
+def get_config(folder=""):
+    """The config; see above."""
+    config = default_config()
+    config.model.name = "resnet20"
+    config.init_from = "runs/original"
+    config.teacher = "runs/original"
+    config.dataset.name = f"folder:{folder}"
+    config.dataset.validation_split = "test"
+    config.dataset.image_size = (32, 32)
+    config.dataset.augmentation = "pad_crop_flip"
+    config.dataset.mean = (0.485, 0.456, 0.406)
+    config.dataset.std = (0.229, 0.224, 0.225)
+    config.instances_per_step = 3
+    config.distillation = 0.9
+    config.distillation_temperature = 2.0
+    config.num_epochs = 20.0
+    config.batch_size = 128
+    config.learning_rate = 0.02  # A fifth of that of a training from scratch.
+    config.warmup_epochs = 0.5
+    config.weight_decay = 1e-4
+    config.weight_decay_on = "kernels"
+    config.validate_every_epochs = 5.0
+    return config
