@@ -21,7 +21,6 @@ from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.profiling import latency
 from sdpoint_jax.profiling.latency import Effort, Program, Runtime, measure
 from sdpoint_jax.profiling.memory import planned_memory
-from sdpoint_jax.programs import cache
 from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.storage.table import Latency
@@ -241,12 +240,6 @@ def test_a_measurement_replaces_that_of_the_same_setting_and_keeps_the_seconds_o
     newer = row.with_latency(measured("gpu: a", versions={"jax": "2"}))
     assert newer.latency(first.setting).compile_seconds is None
     assert newer.latency(("gpu: c", *first.setting[1:])) is None
-
-
-@pytest.fixture(autouse=True)
-def no_kept_programs(monkeypatch):
-    """Leaves programs to JAX's cache; those that the project keeps have tests of their own."""
-    monkeypatch.setattr(cache, "_path", lambda what: None)
 
 
 @pytest.fixture
