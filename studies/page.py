@@ -161,7 +161,7 @@ def _top1(point):
 
 _BEGIN = re.compile(r"<!-- study ([A-Z]) -->")
 _NO_PROSE = re.compile(r"```.*?```|`[^`\n]*`|<!--.*?-->|\]\([^)]*\)", flags=re.S)
-_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<![A-Za-z\d.])(?<![A-Za-z]-)\d+(?:,\d{3})*(?:\.\d+)?")  # Not within names, as ResNet-20.
 
 
 def list_studies(text: str) -> list[str]:

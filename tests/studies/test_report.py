@@ -97,7 +97,9 @@ def wrap(text):
 
 
 def test_a_page_made_of_the_snippets_is_right(rows):
-    prose = "At 35 % of the MACs, `p01_r0.50` reaches 71.00 %.\n\n```sh\nrun --seeds=7,8,9\n```\n"
+    prose = (
+        "At 35 % of the MACs, `p01_r0.50` of ResNet-77 reaches 71.00 % on CIFAR-88.\n\n```sh\nrun --seeds=7,8,9\n```\n"
+    )
     text = wrap(f"{prose}\n![figure](A_17.png)\n\n{page.write_snippets(grids.STUDY_A, rows)}")
     assert page.check_page(text, rows) == []
     assert page.list_studies(text) == ["A"]
@@ -107,6 +109,7 @@ def test_a_page_made_of_the_snippets_is_right(rows):
     "line, problem",
     [
         ("SDPoint reaches 71.01 %.", "71.01 is not in its results"),
+        ("SDPoint is -7.77 points above.", "7.77 is not in its results"),
         ("| `full` | 40.8 M | 100 % | 99.00 | 81.00 | -1.00 |", "no such line in its tables"),
         # Each number is right, but of another instance.
         ("| `full` | 14.1 M | 35 % | 71.00 (70.00 to 72.00) | 45.50 (45.00 to 46.00) | +25.50 |", "no such line"),
