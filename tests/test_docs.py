@@ -33,6 +33,7 @@ def digits(swept, tmp_path, monkeypatch):
     record = {"config": to_dict(swept.experiment.config), "step": 30, "class_names": list("0123456789")}
     checkpoint.save(tmp_path / "runs/digits/checkpoints/30", {"params": swept.params}, record)
     (tmp_path / "runs/digits/sweep").symlink_to(swept.folder)
+    (tmp_path / "runs/finetuned").symlink_to(tmp_path / "runs/digits")
     monkeypatch.chdir(tmp_path)
 
 
