@@ -30,10 +30,11 @@ import numpy as np
 from sdpoint_jax.serving.selection import Budget, find_setting, list_affordable, list_batch_sizes
 from sdpoint_jax.storage.table import InstanceRow
 
-# For `headroom`, in objectives: how far back the rate of arrivals is looked at, and for how long its peak may go on.
+# For `headroom`: how far back the rate of arrivals is looked at, and for how long its peak is expected to go on, in
+# objectives. That is the most after a request was lost, and fades to the least over that many that were not.
 SCALES = (1 / 16, 1 / 4, 1.0)
-OUTLOOK = 4.0
-# Not published; on the tables tried here SlackFit answers about as many requests in time with 8, and fewer with others.
+MOST_OUTLOOK, LEAST_OUTLOOK, FADING_REQUESTS = 4.0, 0.25, 1000
+# Not published. Of 4, 8, 16, 32 and 64 on a simulated processor, none lets SlackFit answer clearly more in time.
 SLACKFIT_BUCKETS = 16
 
 _TOLERANCE = 1.1  # A smaller batch is worth this much more time for an image: it keeps others waiting less.
@@ -291,6 +292,7 @@ class Controller:
         self._lines: dict[tuple[int, ...], _Line] = {}
         self._running: list[Batch | None] = [None] * workers
         self._given_up: list[Request] = []
+        self._outlook = MOST_OUTLOOK
         self._arrivals = _Arrivals(objective)
         self._pace = _Pace(table, workers)
 
@@ -320,10 +322,12 @@ class Controller:
         place = line.add(request)
         lateness = Plan(self, now, self.slowness).least_lateness(request.deadline) if self._admission else 0.0
         if lateness <= 0:
+            self._outlook += (LEAST_OUTLOOK - self._outlook) / FADING_REQUESTS
             return Accepted(request.deadline)
         line.remove(place)
         if self._pace.quickest(line.options, self.slowness, self._pace.margin) > request.deadline - now:
             return Refused("no instance that it allows is fast enough for its deadline", None)
+        self._outlook = MOST_OUTLOOK
         return Refused("too many others are answered first", self._drain_seconds(now))
 
     def next_batch(self, now: float) -> Batch | None:
@@ -451,7 +455,9 @@ class Controller:
         """Gives up the requests that even the quickest batch, begun now, would answer too late."""
         for line in self._lines.values():
             end = now + self._pace.quickest(line.options, slowness)
-            self._given_up += line.take(bisect.bisect_left(line.deadlines, end))
+            if hopeless := line.take(bisect.bisect_left(line.deadlines, end)):
+                self._given_up += hopeless
+                self._outlook = MOST_OUTLOOK
 
     def _busy_seconds(self, now: float) -> float:
         """Sums the work in progress. A batch that is overdue by x is taken to need another x."""
@@ -535,6 +541,7 @@ class Plan:
         slack: seconds until that one's deadline.
         seconds: [I, S], expected time of a batch.
         margin: most batches take no longer than this times that.
+        outlook: for how long the recent peak of arrivals is expected to go on, in objectives.
     """
 
     def __init__(self, controller: Controller, now: float, slowness: float):
@@ -545,7 +552,7 @@ class Plan:
             now: the time.
             slowness: of the worker that will run the batch.
         """
-        self.table, self.margin = controller.table, controller._pace.margin
+        self.table, self.margin, self.outlook = controller.table, controller._pace.margin, controller._outlook
         self._factors = controller._pace.correction * slowness
         self.seconds = self.table.seconds * self._factors[:, None]
         self._lines = [line for line in controller._lines.values() if line]
@@ -630,21 +637,23 @@ class Plan:
         return deadlines, times
 
 
-def headroom(plan: Plan, outlook: float = OUTLOOK) -> tuple[int, int]:
+def headroom(plan: Plan, outlook: float | None = None) -> tuple[int, int]:
     """Runs the most accurate instance at whose level the queue is answered in time, and what else may come.
 
     Accuracy grows ever less with cost, so that a queue is best answered at one level all through; and a service that
     only looks at what already waits learns of an outburst when it has no time left for it. So the rate of arrivals is
-    looked at over short spans of the recent past, and the highest is expected to go on for a while.
+    looked at over short spans of the recent past, and the highest is expected to go on for a while: for longer, the
+    more recently a request was lost.
 
     Args:
         plan: what is known.
-        outlook: for how long, in objectives. More answers more requests in an outburst, less answers them more
-            accurately.
+        outlook: for how long, in objectives, instead of that. More answers more requests in an outburst, less answers
+            them more accurately.
 
     Returns:
         numbers of the instance and of the largest batch size.
     """
+    outlook = plan.outlook if outlook is None else outlook
     for instance in plan.line.options:
         if plan.has_headroom(instance, outlook):
             for size in plan.sizes(instance):
@@ -731,7 +740,7 @@ def find_policy(name: str, table: LatencyTable) -> tuple[Narrow, Choose]:
 
     Args:
         name: one of `POLICIES`; `fixed:NAME` for a single instance, or the most accurate one where a request does not
-            allow it; `headroom:OUTLOOK` for another outlook than the usual one, as `headroom:1.5`.
+            allow it; `headroom:OUTLOOK` for a fixed outlook in objectives, as `headroom:1.5`.
         table: of the instances.
 
     Raises:
