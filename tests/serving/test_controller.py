@@ -257,13 +257,14 @@ def test_a_longer_outlook_answers_more_of_an_outburst_and_a_shorter_one_more_acc
     assert results["headroom:16"][1] < results["headroom:0"][1]
 
 
-def test_caution_grows_with_a_lost_request_and_fades_while_none_is_lost():
+@pytest.mark.parametrize("admission", [True, False])
+def test_caution_grows_with_a_lost_request_and_fades_while_none_is_lost(admission):
     def top1_of_an_outburst(control, start):
         used = []
         drive(control, every(0.004, 12, start), on_batch=lambda batch: used.append(batch.instance))
         return np.mean([control.table.top1[control.table.index_of(name)] for name in used])
 
-    control = controller()
+    control = controller(admission=admission)
     drive(control, every(0.05, 4000))
     bold = top1_of_an_outburst(control, 300.0)
     drive(control, [(400.0, Request(("many", k))) for k in range(100)])
