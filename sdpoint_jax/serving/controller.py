@@ -37,7 +37,7 @@ MOST_OUTLOOK, LEAST_OUTLOOK, FADING_REQUESTS = 4.0, 0.25, 1000
 # Not published. Of 4, 8, 16, 32 and 64 on a simulated processor, none lets SlackFit answer clearly more in time.
 SLACKFIT_BUCKETS = 16
 
-_TOLERANCE = 1.1  # A smaller batch is worth this much more time for an image: it keeps others waiting less.
+_TOLERANCE = 1.05  # A smaller batch is worth this much more time for an image: it keeps others waiting less.
 _TAIL, _MARGIN_STEP, _LARGEST_MARGIN = 0.95, 0.02, 3.0
 _RECENT_BATCHES = 5  # Their median is a worker's slowness: up to two outliers do not count, a change does after three.
 _INSTANCE_STEP, _LARGEST_SURPRISE = 0.02, 0.25
@@ -253,6 +253,7 @@ class Controller:
     Attributes:
         table: the latencies that it plans with.
         objective: seconds within which a request is answered that has no deadline of its own.
+        max_queue: most requests that wait.
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class Controller:
         self.table, self.objective = table, objective
         narrow, self._choose = find_policy(policy, table)
         self._options = functools.cache(functools.partial(narrow, table))
-        self._max_queue, self._admission = max_queue, admission
+        self.max_queue, self._admission = max_queue, admission
         self._allowed = tuple(range(len(table.names)))
         self._lines: dict[tuple[int, ...], _Line] = {}
         self._running: list[Batch | None] = [None] * workers
@@ -317,8 +318,9 @@ class Controller:
         line, reason = self._line_of(request)
         if line is None:
             return Refused(reason, None)
-        if self.waiting >= self._max_queue:
-            return Refused(f"{self._max_queue} requests wait already", self._drain_seconds(now))
+        if self.waiting >= self.max_queue:
+            self._outlook = MOST_OUTLOOK
+            return Refused(f"{self.max_queue} requests wait already", self._drain_seconds(now))
         place = line.add(request)
         lateness = Plan(self, now, self.slowness).least_lateness(request.deadline) if self._admission else 0.0
         if lateness <= 0:
@@ -624,7 +626,8 @@ class Plan:
         """
         each = self.table.per_image[instance] * self._factors[instance] / self._workers
         ahead = outlook * self._controller.objective
-        ready = ahead + self._controller.patience - self._busy / self._workers
+        room = min(self._controller.patience, self._controller.max_queue * each)
+        ready = ahead + room - self._busy / self._workers
         recent = self._controller.recent_arrivals(self._now)
         return all((self._controller.waiting + count * ahead / span) * each <= ready for span, count in recent)
 

@@ -106,6 +106,14 @@ def test_many_at_once_are_taken_for_the_start_of_an_outburst():
         assert control.next_batch(0.0).instance == instance
 
 
+def test_a_queue_that_may_not_grow_is_kept_short():
+    for max_queue, instance in ((1000, FULL), (25, CHEAP)):
+        control = controller(policy="headroom:0.1", max_queue=max_queue, objective=1.0)
+        for k in range(20):
+            control.submit(Request(k), 0.0)
+        assert control.next_batch(0.0).instance == instance
+
+
 def test_the_most_urgent_go_first_and_equal_deadlines_in_the_order_in_which_they_came():
     control = controller(policy="cheapest")
     for name, deadline in (("late", 0.5), ("soon", 0.1), ("soon as well", 0.1), ("next", 0.3)):
