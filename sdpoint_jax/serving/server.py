@@ -14,6 +14,7 @@ import hmac
 import io
 import math
 import pathlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.serving.selection import Budget, pareto_front
 
 PAGE = pathlib.Path(__file__).parent / "page"
+_READING_ARRAYS = threading.Lock()  # NumPy parses headers by `ast`, which fails in threads (CPython issue 106905).
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -194,6 +196,9 @@ class _State:
         except HTTPException as error:
             self.metrics.outcomes.labels("refused" if error.status_code == 503 else "invalid").inc()
             raise
+        except Exception:
+            self.metrics.outcomes.labels("failed").inc()
+            raise
         self.metrics.outcomes.labels("answered").inc()
         self.metrics.latency.labels(answer.instance).observe(time.monotonic() - start)
         return JSONResponse(self._describe(answer, min(top, len(self._predictor.class_names)), start))
@@ -332,7 +337,8 @@ class _State:
 
     def _decode_array(self, body):
         try:
-            array = np.load(io.BytesIO(body), allow_pickle=False)
+            with _READING_ARRAYS:
+                array = np.load(io.BytesIO(body), allow_pickle=False)
         except (ValueError, OSError, EOFError, MemoryError, SyntaxError) as error:
             raise HTTPException(422, f"not an .npy array: {' '.join(str(error).split())[:200]}") from None
         return self._to_batch([array])

@@ -1,6 +1,7 @@
 """The service answers with its named instance's own logits, and says why where it does not answer."""
 
 import asyncio
+import concurrent.futures
 import io
 import signal
 import socket
@@ -210,6 +211,13 @@ def test_it_is_ready_when_it_is_prepared(predictor):
             assert response.status_code == 503 and response.headers["Retry-After"] == "1"
         go.set()
         wait_until_ready(client)
+
+
+def test_arrays_from_many_threads_are_all_read(client):
+    content = npy(np.asarray(services.PICTURE)[..., None])
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        statuses = [threads.submit(client.post, "/predict", content=content) for _ in range(200)]
+        assert {status.result().status_code for status in statuses} == {200}
 
 
 def test_what_happens_is_counted(client):
