@@ -296,6 +296,7 @@ class Controller:
         self._outlook = MOST_OUTLOOK
         self._arrivals = _Arrivals(objective)
         self._pace = _Pace(table, workers)
+        self._observed_at = math.inf
 
     @property
     def waiting(self) -> int:
@@ -327,6 +328,8 @@ class Controller:
             self._outlook += (LEAST_OUTLOOK - self._outlook) / FADING_REQUESTS
             return Accepted(request.deadline)
         line.remove(place)
+        if self._forgets_pace(now):
+            return self.submit(request, now)
         if self._pace.quickest(line.options, self.slowness, self._pace.margin) > request.deadline - now:
             return Refused("no instance that it allows is fast enough for its deadline", None)
         self._outlook = MOST_OUTLOOK
@@ -377,6 +380,17 @@ class Controller:
         self._running[batch.worker] = None
         if seconds is not None:
             self._pace.observe(batch, seconds)
+            self._observed_at = now
+
+    def _forgets_pace(self, now: float) -> bool:
+        """Takes workers that have been idle for an objective to be as fast as profiled again; tells whether they were.
+
+        Else a machine that was slow once, so slow that all is refused, would never be seen to be fast again.
+        """
+        forgets = now - self._observed_at > self.objective and not self.waiting and not any(self._running)
+        if forgets:
+            self._pace, self._observed_at = _Pace(self.table, len(self._running)), math.inf
+        return forgets
 
     def give_up(self, now: float) -> tuple[Request, ...]:
         """Hands over those accepted requests, since the last call, that can no longer be answered in time.

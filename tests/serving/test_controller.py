@@ -560,6 +560,20 @@ def test_no_batch_breaks_a_deadline_that_another_choice_would_keep(seed):
     assert control.waiting == 0
 
 
+def test_a_machine_that_was_slow_is_tried_again():
+    control = controller(objective=0.1)
+    for number in range(20):
+        if isinstance(control.submit(Request(number), 0.0), Refused):
+            break
+        batch = control.next_batch(0.0)
+        control.observe(batch, 1000 * batch.seconds, 0.0)
+    else:
+        raise AssertionError("a machine a thousand times slower refuses nothing")
+    assert isinstance(control.submit(Request("soon"), 0.05), Refused)
+    assert isinstance(control.submit(Request("later"), 0.2), Accepted)
+    assert control.slowness == 1.0
+
+
 def test_the_controller_does_not_import_jax():
     code = "import sdpoint_jax.serving.controller, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
