@@ -13,8 +13,7 @@ from typing import NoReturn
 
 from sdpoint_jax.cli import config_flag, distributed
 from sdpoint_jax.cli.parser import FAILED, Parser
-
-STOPPED = 75
+from sdpoint_jax.training.stop import STOPPED
 
 # The commands: the module with `add_arguments(parser)` and `run(args)`, and what it does.
 COMMANDS = {

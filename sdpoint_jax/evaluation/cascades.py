@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from sdpoint_jax import progress
+from sdpoint_jax.evaluation.sweep import make_evaluator
 from sdpoint_jax.evaluation.table import format_macs, pareto_front
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance
@@ -27,7 +28,6 @@ from sdpoint_jax.models import cascade as arithmetic
 from sdpoint_jax.models.cascade import Calibrated, Cascade, CascadeRow, Measured
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.macs import count_macs, count_suffix_macs
-from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.storage import artefact, files
 from sdpoint_jax.storage.artefact import Artefact, InstanceRow
 from sdpoint_jax.storage.lock import FolderLock
@@ -325,13 +325,7 @@ def _costs_of(experiment):
 
 
 def _evaluator(experiment, instances):
-    evaluator = Evaluator(
-        experiment.model,
-        instances,
-        image_shape=experiment.image_shape,
-        batch_size=experiment.evaluation_batch_size,
-        preprocess=experiment.preprocess,
-    )
+    evaluator = make_evaluator(experiment, instances)
     compiled = evaluator.compile_to_classify(experiment.config.compile_workers)
     progress.compile_with_bar(compiled, evaluator.num_parts, "cascades")
     return evaluator

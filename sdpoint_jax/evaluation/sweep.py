@@ -165,15 +165,20 @@ def _all_hosts(value):
     return bool(multihost_utils.process_allgather(np.bool_(value)).all())
 
 
-def _measure(experiment, params, group, split, statistics=None):
-    config, size = experiment.config, experiment.evaluation_batch_size
-    evaluator = Evaluator(
+def make_evaluator(experiment: Experiment, instances: Sequence[SDPointInstance]) -> Evaluator:
+    """Makes the evaluator of instances for an experiment's images; compiles nothing yet."""
+    return Evaluator(
         experiment.model,
-        group,
+        instances,
         image_shape=experiment.image_shape,
-        batch_size=size // jax.process_count(),
+        batch_size=experiment.evaluation_batch_size // jax.process_count(),
         preprocess=experiment.preprocess,
     )
+
+
+def _measure(experiment, params, group, split, statistics=None):
+    config, size = experiment.config, experiment.evaluation_batch_size
+    evaluator = make_evaluator(experiment, group)
     compiled = evaluator.compile(config.compile_workers)
     progress.compile_with_bar(compiled, evaluator.num_programs, f"{group[0].name} to {group[-1].name}")
     num_examples = len(experiment.dataset.source(split))

@@ -256,7 +256,11 @@ class Predictor:
         """
         if not 1 <= top <= len(self.class_names):
             raise ValueError(f"top {top}: valid are 1 to {len(self.class_names)}, the number of classes")
-        probabilities = self.predict_probabilities(images, **choice)
+        return self.rank_classes(self.predict(images, **choice), top)
+
+    def rank_classes(self, logits: np.ndarray, top: int) -> list[list[Prediction]]:
+        """Returns the `top` most likely classes by each row of logits [B, K], the likeliest first."""
+        probabilities = _softmax(logits)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
         return [
             [Prediction(int(k), self.class_names[k], float(row[k])) for k in labels]

@@ -204,15 +204,10 @@ class _State:
         return JSONResponse(self._describe(answer, min(top, len(self._predictor.class_names)), start))
 
     def _describe(self, answer, top, start):
-        shifted = np.exp(answer.logits - answer.logits.max())
-        probabilities = shifted / shifted.sum()
-        best = np.argsort(-probabilities, kind="stable")[:top].tolist()
+        (classes,) = self._predictor.rank_classes(answer.logits[None], top)
         return {
             "instance": answer.instance,
-            "classes": [
-                {"label": k, "class_name": self._predictor.class_names[k], "probability": float(probabilities[k])}
-                for k in best
-            ],
+            "classes": [dataclasses.asdict(found) for found in classes],
             "logits": answer.logits.tolist(),
             "batch_size": answer.batch_size,
             "queue_ms": 1e3 * answer.queue_seconds,
