@@ -28,7 +28,7 @@ from sdpoint_jax.training import loop
 
 _TIMES = "seconds.jsonl"
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "sdpoint_jax")
-_PLACES = ("seed", "dataset.name", "init_from", *RUN_TIME_KEYS)  # Not part of a recipe.
+_PLACES = ("seed", "dataset.name", "init_from", "teacher", *RUN_TIME_KEYS)  # Not part of a recipe.
 
 
 class NotAvailableError(ValueError):
@@ -98,6 +98,8 @@ def make_config(cell: Cell, source: Source) -> ConfigDict:
         if not source.init_from:
             raise NotAvailableError("starts from a trained net: give --init-from=CHECKPOINT")
         changes["init_from"] = source.init_from
+        if changes.get("teacher") == grids.ORIGINAL:
+            changes["teacher"] = source.init_from
     for key, value in changes.items():
         if key not in known_keys():
             raise NotAvailableError(f"this version has no config.{key}")

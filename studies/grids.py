@@ -253,8 +253,13 @@ _FROM_TRAINED = {
     **CIFAR,
     "dataset.mean": (0.485, 0.456, 0.406),  # Those that the published net was trained with.
     "dataset.std": (0.229, 0.224, 0.225),
-    "learning_rate": 0.02,
+    "learning_rate": 0.05,
+    "warmup_epochs": 0.5,
+    "weight_decay": 1e-4,
+    "weight_decay_on": "kernels",
 }
+ORIGINAL = "original"  # As a teacher: the net that the training starts from.
+_TAUGHT = {**_SANDWICH, "teacher": ORIGINAL, "distillation": 0.9, "distillation_temperature": 2.0}
 
 STUDY_D = Study(
     "D",
@@ -262,16 +267,23 @@ STUDY_D = Study(
     _FROM_TRAINED,
     epochs=20,
     recipes=(
-        *(Recipe(f"paper_{epochs}", length=length) for epochs, length in _LENGTHS.items()),
+        Recipe("paper_0", length=0.0),
         *(
-            Recipe(f"best_{epochs}", {**_SANDWICH, "distillation": 1.0}, length)
-            for epochs, length in _LENGTHS.items()
+            recipe
+            for epochs, length in sorted(_LENGTHS.items(), reverse=True)
             if epochs
+            for recipe in (Recipe(f"taught_{epochs}", _TAUGHT, length), Recipe(f"paper_{epochs}", length=length))
         ),
     ),
-    curves=tuple(Curve(f"{epochs} epochs, the paper's draw", (f"paper_{epochs}",)) for epochs in _LENGTHS),
-    comparisons=tuple(
-        Comparison(f"paper_{epochs}", "paper_0", f"{epochs} epochs", "as it was trained") for epochs in (1, 3, 10, 20)
+    curves=(
+        Curve("as it was trained", ("paper_0",)),
+        *(Curve(f"{epochs} epochs, sandwich and teacher", (f"taught_{epochs}",)) for epochs in _LENGTHS if epochs),
+        Curve("20 epochs, the paper's draw", ("paper_20",)),
+    ),
+    comparisons=(
+        Comparison("taught_20", "paper_0", "20 epochs, sandwich and teacher", "as it was trained"),
+        Comparison("taught_20", "paper_20", "20 epochs, sandwich and teacher", "20 epochs, the paper's draw"),
+        Comparison("taught_3", "paper_0", "3 epochs, sandwich and teacher", "as it was trained"),
     ),
     needs_init=True,
 )

@@ -135,6 +135,18 @@ def test_a_study_of_trained_nets_needs_one():
         cells.make_config(cell, SOURCE)
 
 
+def test_the_net_that_training_starts_from_can_be_the_teacher():
+    source = dataclasses.replace(SOURCE, init_from="runs/original")
+    taught, paper = (
+        cells.make_config(cells.list_cells(grids.STUDY_D, [0], [name])[0], source) for name in ("taught_3", "paper_3")
+    )
+    assert (taught.init_from, taught.teacher, taught.instances_per_step) == ("runs/original", "runs/original", 3)
+    assert (paper.init_from, paper.teacher, paper.instances_per_step) == ("runs/original", "", 1)
+    moved = dataclasses.replace(source, init_from="elsewhere")
+    elsewhere = cells.make_config(cells.list_cells(grids.STUDY_D, [0], ["taught_3"])[0], moved)
+    assert cells.digest_settings(elsewhere) == cells.digest_settings(taught)
+
+
 def test_length_zero_sweeps_the_given_net(finished, tmp_path):
     out, file = finished
     recipe = grids.Recipe("untrained", length=0.0, sweeps=STUDY.recipes[0].sweeps)
