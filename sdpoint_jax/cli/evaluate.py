@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="reestimated",
         help="imported: BatchNorm statistics that came with imported weights, which full resolution alone has",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the computation, for an artefact that computes in it; by default that of the training. The results of "
+        "another one go to WORKDIR/sweep_DTYPE",
+    )
     parser.add_argument("--reestimate-batches", type=int, help="batches to re-estimate from; default: of the config")
     parser.add_argument(
         "--reestimate-images",
@@ -90,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
             config[key] = getattr(args, key)
     if args.data_dir is not None:
         config.dataset.data_dir = args.data_dir
+    folder = "sweep" if args.dtype in (None, config.model.dtype) else f"sweep_{args.dtype}"
+    config.model.dtype = args.dtype or config.model.dtype
     parts = experiment.Experiment(config)
     params = _params(args, arrays)
     parts.check_params(params, args.workdir)
@@ -98,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     if args.instances or args.points or args.ratios:
         points, ratios = comma_separated(args.points, int, "points"), comma_separated(args.ratios, float, "ratios")
         instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
-    output = pathlib.Path(args.output or pathlib.Path(args.workdir) / "sweep")
+    output = pathlib.Path(args.output or pathlib.Path(args.workdir) / folder)
     split = args.split or config.dataset.test_split
     if args.cascades:
         held_out = {"calibration_split": args.calibration_split, "calibration_images": args.calibration_images}

@@ -103,7 +103,8 @@ def write_results(
     settings, rows = swept.settings, swept.rows
     table.write_json(output / table.TABLE, settings, rows, baseline)
     table.write_csv(output / "sweep.csv", rows)
-    what = f"{settings.model} on {pathlib.PurePath(settings.dataset).name}, {settings.split}"
+    net = settings.model + (f" in {settings.dtype}" if settings.dtype != "float32" else "")
+    what = f"{net} on {pathlib.PurePath(settings.dataset).name}, {settings.split}"
     title = f"{what}: n = {rows[0].n}, bars of one standard error"
     plot.plot_macs(rows, output / "sweep.png", title=title, baseline=baseline)
     if device is None:
@@ -231,5 +232,5 @@ def _artefact(experiment, params, statistics, rows, split, imported):
         tuple(dataset.mean),
         tuple(dataset.std),
         to_dict(config),
-        SweepSettings(config.model.name, dataset.name, split, batches, images),
+        SweepSettings(config.model.name, dataset.name, split, batches, images, config.model.dtype),
     )

@@ -27,6 +27,7 @@ class SweepSettings:
         split: that was evaluated.
         reestimate_batches: batches that the statistics come from; 0 where they were imported with the parameters.
         reestimate_images: `augmented` or `clean` training images; `none` where the statistics were imported.
+        dtype: of the computation, `float32` or `bfloat16`.
     """
 
     model: str
@@ -34,6 +35,7 @@ class SweepSettings:
     split: str
     reestimate_batches: int
     reestimate_images: str
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,6 @@ def _from_record(arrays, record):
         tuple(record["mean"]),
         tuple(record["std"]),
         record["config"],
-        SweepSettings(**record["settings"]),
+        SweepSettings(**{"dtype": record["model"]["dtype"]} | record["settings"]),
         tuple(record.get("cascades", ())),
     )

@@ -3,14 +3,17 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import chex
+import commands
 import jax
 import pytest
 import tiny
 
+from sdpoint_jax.config import to_dict
 from sdpoint_jax.evaluation import plot, sweep, table
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.storage import artefact
+from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow, Latency
 from sdpoint_jax.storage.lock import FolderLock
 
@@ -237,3 +240,16 @@ def test_a_new_sweep_removes_the_plot_of_old_latencies(swept, tmp_path):
     assert (tmp_path / "latency.png").is_file()
     sweep.write_results(found, tmp_path)
     assert not (tmp_path / "latency.png").exists()
+
+
+def test_a_sweep_in_bfloat16_has_a_folder_and_a_table_of_its_own(swept, tmp_path):
+    checkpoint.save(tmp_path / "run", {"params": swept.params}, {"config": to_dict(swept.experiment.config)})
+    commands.run("evaluate", f"--workdir={tmp_path / 'run'}", "--dtype=bfloat16", "--instances=full,p01_r0.50")
+    assert not (tmp_path / "run/sweep").exists()
+    found = artefact.load(tmp_path / "run/sweep_bfloat16/artefact")
+    assert (found.dtype, found.settings.dtype) == ("bfloat16", "bfloat16")
+    assert json.loads((tmp_path / "run/sweep_bfloat16/sweep.json").read_bytes())["dtype"] == "bfloat16"
+    exact = {row.instance: row for row in swept.rows}
+    for row in found.rows:
+        assert 0 < abs(row.loss - exact[row.instance].loss) < 0.02
+    chex.assert_trees_all_equal(found.params, swept.params)
