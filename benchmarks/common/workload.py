@@ -15,6 +15,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from common import report
 
+from sdpoint_jax.config import FORMAT
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
@@ -144,6 +145,6 @@ def drawn_artefact(setting: Setting, dtype: str = "float32") -> Artefact:
         None,
         MEAN,
         STD,
-        {},
+        {"format": FORMAT},
         SweepSettings(setting.name, "drawn", "none", 0, "clean"),
     )
