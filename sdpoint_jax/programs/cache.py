@@ -15,7 +15,6 @@ import pathlib
 import pickle
 import platform
 import threading
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +35,9 @@ _SETTINGS = ("CUDA_", "LIBTPU_", "NVIDIA_", "TF_", "XLA_")  # Of the environment
 def fetch(what: Any, compile_it: Callable[[], Callable], devices: Sequence[jax.Device] | None = None) -> Callable:
     """Returns the program of `what`: from disk if it is there, else from `compile_it`, kept for the next time.
 
-    Programs lie beside those that JAX keeps, in `jax_compilation_cache_dir`, under the same conditions: none is kept
-    without such a folder, or if it compiled faster than `jax_persistent_cache_min_compile_time_secs`. Neither is one
-    that spans several processes, or that JAX's cache had: XLA's CPU backend loses parts of what it loads and saves.
+    Programs lie beside those that JAX keeps, in `jax_compilation_cache_dir`, however fast they compiled: a service has
+    dozens. None is kept without such a folder, if it spans several processes, or if JAX's cache had it: XLA's CPU
+    backend loses parts of what it loads and saves.
 
     Args:
         what: all that the program is made from; see `describe`.
@@ -50,10 +49,9 @@ def fetch(what: Any, compile_it: Callable[[], Callable], devices: Sequence[jax.D
         return compile_it()
     if program := _load(path, devices):
         return program
-    start, _from_jax.count = time.perf_counter(), 0
+    _from_jax.count = 0
     program = compile_it()
-    seconds = time.perf_counter() - start
-    if not _from_jax.count and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
+    if not _from_jax.count:
         _keep(path, program)
     return program
 
