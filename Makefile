@@ -26,7 +26,7 @@ lint: .venv/installed_dev
 # What the tests of the optional extras need, but for PyTorch, and for Debian's chromium.
 extras: .venv/installed_dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) \
-		--editable '.[dev,export,onnx,predict,serve]' playwright
+		--editable '.[dev,export,onnx,predict,ray,serve]' playwright
 
 clean:
 	rm -rf .venv runs

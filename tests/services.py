@@ -41,13 +41,14 @@ def encode(image, form="PNG", **kwargs):
 
 
 @contextlib.contextmanager
-def running(path, *flags):
+def running(path, *flags, environment=None):
     """Runs the command that serves the artefact at `path`; gives (process, address) once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "sdpoint_jax", "serve", str(path), f"--port={port}", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE, text=True)
+    environment = environment or os.environ | {"XLA_FLAGS": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz")
         yield process, f"http://127.0.0.1:{port}"

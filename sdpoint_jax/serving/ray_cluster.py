@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import ray.data
+from ray import serve  # noqa: F401  Both set the levels of their loggers when they are imported.
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connects to the cluster that RAY_ADDRESS names; without it, to one of its own on this machine, on loopback, which
-    ends with it.
+    """Connects to the cluster that RAY_ADDRESS names; without it, to one on this machine, which ends with this.
 
     To be called before the process uses JAX, as Ray forks. From then on it computes on its CPU alone: accelerators are
     left to Ray's workers.
@@ -25,10 +26,10 @@ def connected() -> Iterator[None]:
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    for name in ("ray", "ray.data", "ray.serve"):  # What they tell of their own course is in Ray's log files.
+    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    ray.init(address=address or "local", logging_level="error", log_to_driver=False, **local)
+    for name in ("ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(address=address or "local", logging_level="error", log_to_driver=False, **({} if address else local))
     try:
         yield
     finally:
