@@ -2,7 +2,7 @@
 # make test: from a fresh machine to green tests. Both install into .venv the versions that were tested together.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 BIN = .venv/bin
 PINS = requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
