@@ -98,6 +98,8 @@ def _run_on_ray(args, settings):
     print(f"serving {args.artefact} at http://{args.host}:{args.port} on Ray", file=sys.stderr, flush=True)
     with ray_cluster.connected():
         service.make_controller(artefact.load(path).rows, settings)  # Wrong settings are told before replicas start.
+        kind, _ = ray_cluster.count_devices()
+        settings = settings.model_copy(update={f"num_{kind.lower()}s": 1.0})
         ray_serve.run(settings, host=args.host, port=args.port, on_ready=_show_replicas_ready)
 
 
@@ -115,4 +117,4 @@ def _show_ready(table):
 
 
 def _show_replicas_ready():
-    print("ready: the first replica takes requests", file=sys.stderr, flush=True)
+    print("ready", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
-def count_accelerators() -> tuple[str, int]:
+def count_devices() -> tuple[str, int]:
     """Returns what Ray calls the cluster's accelerators, `GPU` or `TPU`, and their number; without any, `CPU` and the
     number of machines.
     """

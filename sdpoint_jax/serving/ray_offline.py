@@ -40,7 +40,7 @@ def run_parts(
         BadImageError: an image that cannot be used, where the plan says `error`; names it.
         OSError: a file that cannot be opened, or a part that cannot be written.
     """
-    kind, count = ray_cluster.count_accelerators()
+    kind, count = ray_cluster.count_devices()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     parts = [{"number": number, "paths": list(inputs[plan.part(number)])} for number in numbers]

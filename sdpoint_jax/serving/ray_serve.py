@@ -58,7 +58,6 @@ class Service:
         from sdpoint_jax.programs.process import keep_compiled_programs
 
         keep_compiled_programs()
-
         self._app = make_app(settings, compile_first=True)
 
     def __serve_build_asgi_app__(self):
@@ -87,7 +86,8 @@ def build_app(settings: RayServiceSettings) -> serve.Application:
                 "target_ongoing_requests": settings.target_ongoing_requests,
             }
         }
-    deployment = Service.options(
+    service: Any = Service
+    deployment = service.options(
         **scaling,
         logging_config=_LOGGING,
         graceful_shutdown_wait_loop_s=0.1,
@@ -123,7 +123,11 @@ def run(settings: RayServiceSettings, *, host: str, port: int, on_ready: Callabl
         while True:
             signal.pause()
     except _Stop:
+        pass
+    finally:
         serve.delete(NAME)
+        if not serve.status().applications:  # Of others, on a cluster that is shared.
+            serve.shutdown()
 
 
 class _Stop(BaseException):

@@ -2,7 +2,9 @@
 
 import collections
 import concurrent.futures
+import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -10,7 +12,6 @@ import threading
 import time
 
 import clusters
-import commands
 import numpy as np
 import pytest
 import services
@@ -57,10 +58,10 @@ def predict(served, images, output):
 
 
 @pytest.fixture(scope="module")
-def expected(served, images, tmp_path_factory):
-    """The files that one process writes, by name."""
+def expected(cluster, served, images, tmp_path_factory):
+    """The files that one process writes without Ray, by name."""
     output = tmp_path_factory.mktemp("expected")
-    commands.run(*predict(served, images, output))
+    finish(start(cluster[1], *predict(served, images, output)))
     return contents(output)
 
 
@@ -68,16 +69,23 @@ def contents(output):
     return {path.name: path.read_bytes() for path in output.glob("part-*.parquet")}
 
 
-def on_ray(environment, *arguments):
-    """Starts `python -m sdpoint_jax ARGUMENTS --ray`."""
-    command = [sys.executable, "-m", "sdpoint_jax", *map(str, arguments), "--ray"]
+def start(environment, *arguments):
+    """Starts `python -m sdpoint_jax ARGUMENTS`."""
+    command = [sys.executable, "-m", "sdpoint_jax", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=clusters.ROOT, env=environment, **pipes)
 
 
+def finish(process):
+    """Waits until a command has ended well; returns what it printed."""
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output
+
+
 def test_a_command_that_was_killed_goes_on_and_each_image_is_there_once(cluster, served, images, expected, tmp_path):
     _, environment = cluster
-    killed = on_ray(environment, *predict(served, images, tmp_path), "--workers=2")
+    killed = start(environment, *predict(served, images, tmp_path), "--ray", "--workers=2")
     while len(contents(tmp_path)) < 3:
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.002)
@@ -85,8 +93,8 @@ def test_a_command_that_was_killed_goes_on_and_each_image_is_there_once(cluster,
     killed.communicate()
     before = contents(tmp_path)
     assert len(before) < len(expected)
-    output, errors = on_ray(environment, *predict(served, images, tmp_path), "--workers=2").communicate()
-    assert f"classified {IMAGES} images on p01_r0.50 (" in output, errors
+    output = finish(start(environment, *predict(served, images, tmp_path), "--ray", "--workers=2"))
+    assert f"classified {IMAGES} images on p01_r0.50 (" in output
     assert contents(tmp_path) == expected
     rows = [row for path in tmp_path.glob("part-*.parquet") for row in parquet.read_table(path).to_pylist()]
     assert sorted(row["path"] for row in rows) == sorted(map(str, images.iterdir()))
@@ -96,7 +104,7 @@ def test_a_bad_image_is_named(cluster, served, tmp_path):
     _, environment = cluster
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_text("no image")
-    process = on_ray(environment, *predict(served, tmp_path / "in", tmp_path / "out"))
+    process = start(environment, *predict(served, tmp_path / "in", tmp_path / "out"), "--ray")
     _, errors = process.communicate()
     assert process.returncode == 2 and f"error: {tmp_path}/in/a.png: " in errors.splitlines()[-1], errors
 
@@ -175,3 +183,20 @@ def test_a_stop_answers_what_was_accepted_and_ends_cleanly(running):
     print(collections.Counter(codes))
     assert set(codes) <= {200, 404, 503}
     assert not replicas(cluster)
+
+
+def test_a_serve_config_starts_it_and_sets_the_budget_of_replicas(cluster, served, tmp_path):
+    _, environment = cluster
+    port, command = services.free_port(), [pathlib.Path(sys.executable).parent / "serve", "run", tmp_path / "app.yaml"]
+    application = {
+        "name": "sdpoint",
+        "route_prefix": "/",
+        "import_path": "sdpoint_jax.serving.ray_serve:build_app",
+        "args": {"artefact": str(served), "objective_ms": 2000, "batch_sizes": "1,4"},
+        "deployments": [{"name": "Service", "user_config": {"instances": ["p02_r0.75"]}}],
+    }
+    command[-1].write_text(json.dumps({"http_options": {"port": port}, "applications": [application]}))
+    with services.started(command, port, environment) as (_, address):
+        assert httpx.get(f"{address}/instances").json()["batch_sizes"] == [1, 4]
+        answer = httpx.post(f"{address}/predict", content=services.encode(services.PICTURE)).json()
+        assert answer["instance"] == "p02_r0.75"
