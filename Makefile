@@ -2,7 +2,7 @@
 # make test: from a fresh machine to green tests. Both install into .venv the versions that were tested together.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 BIN = .venv/bin
 PINS = requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
@@ -26,7 +26,7 @@ lint: .venv/installed_dev
 # What the tests of the optional extras need, but for PyTorch, and for Debian's chromium.
 extras: .venv/installed_dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) \
-		--editable '.[dev,export,onnx,predict,serve]' playwright
+		--editable '.[dev,export,onnx,predict,ray,serve]' playwright
 
 clean:
 	rm -rf .venv runs

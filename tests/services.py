@@ -41,19 +41,31 @@ def encode(image, form="PNG", **kwargs):
 
 
 @contextlib.contextmanager
-def running(path, *flags):
+def running(path, *flags, environment=None):
     """Runs the command that serves the artefact at `path`; gives (process, address) once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "sdpoint_jax", "serve", str(path), f"--port={port}", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE, text=True)
+    with started(command, port, environment or os.environ | {"XLA_FLAGS": ""}) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def started(command, port, environment):
+    """Runs a command that serves at `port`; gives (process, address) once it is ready."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}/readyz")
         yield process, f"http://127.0.0.1:{port}"
     finally:
         process.kill()
         process.communicate()
+
+
+def free_port():
+    """Returns a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _wait_until_ready(process, address):

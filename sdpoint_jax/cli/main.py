@@ -4,8 +4,6 @@
 """
 
 import importlib
-import os
-import pathlib
 import sys
 import threading
 from collections.abc import Sequence
@@ -96,20 +94,13 @@ def _set_up():
     from absl import flags, logging
 
     from sdpoint_jax.programs.host_memory import keep_freed_memory
+    from sdpoint_jax.programs.process import keep_compiled_programs
 
     logging.set_verbosity(logging.WARNING)
     flags.FLAGS.mark_as_parsed()  # Libraries look for flags of their own there.
     keep_freed_memory()
-    _keep_compiled_programs()
+    keep_compiled_programs()
     _quieten_orbax()
-
-
-def _keep_compiled_programs():
-    """Lets JAX keep compiled programs for the next start, unless the environment says where, or that it should not."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "sdpoint_jax", "xla")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def _quieten_orbax():

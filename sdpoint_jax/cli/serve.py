@@ -6,6 +6,7 @@ python -m sdpoint_jax profile ARTEFACT. SIGTERM or Ctrl-C answers what was accep
 """
 
 import argparse
+import os
 import signal
 import sys
 
@@ -25,46 +26,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", default="", help="allows PUT /budget to who sends it; without one there is no such")
     parser.add_argument("--max-upload-mb", type=float, default=16.0, help="largest body of a request")
     parser.add_argument("--device", help="whose profile to use; by default the only one in the artefact")
+    parser.add_argument("--ray", action="store_true", help="serve on Ray: on the cluster at RAY_ADDRESS, else here")
+    parser.add_argument("--replicas", default="1", help="with --ray: a number, or the least and the most, as 1..4")
 
 
 def run(args: argparse.Namespace) -> None:
     """Serves until it is told to stop."""
+    settings = _settings(args)
+    if args.ray:
+        _run_on_ray(args, settings)
+    else:
+        _run_here(args, settings)
+
+
+def _settings(args):
+    try:
+        from sdpoint_jax.serving.service import ServiceSettings
+    except ImportError as error:
+        raise ImportError(f"{error}: serving needs the extra, pip install 'sdpoint_jax[serve]'") from None
+    return ServiceSettings(
+        artefact=args.artefact,
+        objective_ms=args.objective_ms,
+        policy=args.policy,
+        instances=args.instances,
+        batch_sizes=tuple(comma_separated(args.batch_sizes, int, "batch-sizes")),
+        max_queue=args.max_queue,
+        max_upload_mb=args.max_upload_mb,
+        device=args.device,
+    )
+
+
+def _run_here(args, settings):
     try:
         import uvicorn
 
-        from sdpoint_jax.serving.server import Limits, create_app
+        from sdpoint_jax.serving import server  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}: serving needs the extra, pip install 'sdpoint_jax[serve]'") from None
-    import numpy as np
+    from sdpoint_jax.serving.service import make_app
 
-    from sdpoint_jax.serving.controller import Controller, LatencyTable
-    from sdpoint_jax.serving.engine import Engine
-    from sdpoint_jax.serving.predictor import Predictor
-
-    predictor = Predictor.load(args.artefact)
-    sizes = comma_separated(args.batch_sizes, int, "batch-sizes") or None
-    table = LatencyTable.from_rows(predictor.rows, device=args.device, runtime="xla", batch_sizes=sizes)
-    names = [table.names[i] for i in table.front(range(len(table.names)))]
-    if args.instances != "pareto":
-        names = list(table.names) if args.instances == "all" else args.instances.split(",")
-    rows = [table.rows[table.index_of(name)] for name in dict.fromkeys(names)]
-    table = LatencyTable(rows, table.setting, table.batch_sizes)
-    controller = Controller(table, policy=args.policy, objective=args.objective_ms / 1e3, max_queue=args.max_queue)
-
-    def prepare():
-        predictor.compile(table.names, table.batch_sizes)
-        for name in table.names:
-            for size in table.batch_sizes:  # The first run of a program takes longer.
-                predictor.predict(np.zeros((size, *predictor.image_shape), np.uint8), instance=name)
-        print(f"ready: {len(table.names)} instances at batch sizes {table.batch_sizes}", file=sys.stderr, flush=True)
-
-    app = create_app(
-        predictor,
-        Engine(predictor, controller),
-        prepare=prepare,
-        token=args.token or None,
-        limits=Limits(body_bytes=int(args.max_upload_mb * (1 << 20))),
-    )
+    app = make_app(settings, token=args.token or None, on_ready=_show_ready)
     signal.signal(signal.SIGTERM, lambda *_: None)  # Uvicorn sends it again when it has ended in peace.
     signal.signal(signal.SIGINT, lambda *_: None)
     print(f"serving {args.artefact} at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
@@ -78,3 +79,42 @@ def run(args: argparse.Namespace) -> None:
         timeout_keep_alive=10,
         server_header=False,
     )
+
+
+def _run_on_ray(args, settings):
+    try:
+        from sdpoint_jax.serving import ray_cluster, ray_serve, service
+    except ImportError as error:
+        raise ImportError(f"{error}: --ray needs the extra, pip install 'sdpoint_jax[ray]'") from None
+    from sdpoint_jax.storage import artefact
+
+    if args.token:
+        raise ValueError("--token with --ray: PUT /budget would reach one replica; set user_config in a Serve config")
+    least, most = _replicas(args.replicas)
+    path = os.path.abspath(settings.artefact)
+    settings = ray_serve.RayServiceSettings(
+        **settings.model_dump() | {"artefact": path}, min_replicas=least, max_replicas=most
+    )
+    print(f"serving {args.artefact} at http://{args.host}:{args.port} on Ray", file=sys.stderr, flush=True)
+    with ray_cluster.connected():
+        service.make_controller(artefact.load(path).rows, settings)  # Wrong settings are told before replicas start.
+        kind, _ = ray_cluster.count_devices()
+        settings = settings.model_copy(update={f"num_{kind.lower()}s": 1.0})
+        ray_serve.run(settings, host=args.host, port=args.port, on_ready=_show_replicas_ready)
+
+
+def _replicas(text) -> tuple[int, int]:
+    """Reads `3` or `1..4`."""
+    least, _, most = text.partition("..")
+    try:
+        return int(least), int(most or least)
+    except ValueError:
+        raise ValueError(f"--replicas={text}: give a number, or the least and the most, as 1..4") from None
+
+
+def _show_ready(table):
+    print(f"ready: {len(table.names)} instances at batch sizes {table.batch_sizes}", file=sys.stderr, flush=True)
+
+
+def _show_replicas_ready():
+    print("ready", file=sys.stderr, flush=True)

@@ -11,15 +11,17 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.serving.images import to_batch
-from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.storage import files
+
+if TYPE_CHECKING:  # Without JAX: a process that is not prepared for it may read plans.
+    from sdpoint_jax.serving.predictor import Predictor
 
 PLAN = "plan.json"
 ON_BAD_IMAGE = ("error", "skip")
@@ -120,7 +122,7 @@ def part_path(output: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def run_parts(
-    predictor: Predictor,
+    predictor: "Predictor",
     plan: Plan,
     inputs: Sequence[str],
     output: pathlib.Path,
@@ -142,15 +144,40 @@ def run_parts(
         BadImageError: an image that cannot be used, where the plan says `error`; names it.
         OSError: a file that cannot be opened, or a part that cannot be written.
     """
+    for number in numbers:
+        yield run_part(predictor, plan, number, inputs[plan.part(number)], output, batch_size=batch_size)
+
+
+def run_part(
+    predictor: "Predictor",
+    plan: Plan,
+    number: int,
+    paths: Sequence[str],
+    output: pathlib.Path,
+    *,
+    batch_size: int = 64,
+) -> int:
+    """Classifies one part and writes it; returns how many images it had.
+
+    Args:
+        predictor: of the artefact that the plan names.
+        plan: of the folder `output`.
+        number: of the part.
+        paths: the inputs that belong to it.
+        output: folder of the results.
+        batch_size: images that are classified at once.
+
+    Raises:
+        BadImageError: an image that cannot be used, where the plan says `error`; names it.
+        OSError: a file that cannot be opened, or a part that cannot be written.
+    """
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-        for number in numbers:
-            paths = inputs[plan.part(number)]
-            images = list(readers.map(_reader(predictor, plan.on_bad_image), paths))
-            write_part(part_path(output, number), _classify(predictor, plan, paths, images, batch_size))
-            yield len(paths)
+        images = list(readers.map(_reader(predictor, plan.on_bad_image), paths))
+    write_part(part_path(output, number), _classify(predictor, plan, paths, images, batch_size))
+    return len(paths)
 
 
-def _reader(predictor: Predictor, on_bad_image: str) -> Callable[[str], np.ndarray | str]:
+def _reader(predictor: "Predictor", on_bad_image: str) -> Callable[[str], np.ndarray | str]:
     """Returns what reads an image, or says what is wrong with it."""
 
     def read(path):

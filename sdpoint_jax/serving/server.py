@@ -267,15 +267,18 @@ class _State:
         except pydantic.ValidationError as error:
             faults = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors()[:3])
             raise HTTPException(422, "; ".join(faults)) from None
-        given = change.model_dump(exclude_none=True)
         try:
-            names = given.get("instances")
-            limits = {key: value for key, value in given.items() if key != "instances"}
-            self._engine.controller.set_limits(Budget(**limits), names)
+            self.limit(change)
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
-        self._budget = change.model_dump(exclude_unset=True, exclude_none=True)
         return {"budget": self._budget}
+
+    def limit(self, change: BudgetChange) -> None:
+        """Limits the instances that are used from now on; raises ValueError where none is left."""
+        given = change.model_dump(exclude_none=True)
+        limits = {key: value for key, value in given.items() if key != "instances"}
+        self._engine.controller.set_limits(Budget(**limits), given.get("instances"))
+        self._budget = change.model_dump(exclude_unset=True, exclude_none=True)
 
     def _check_ready(self):
         preparing = self._preparing

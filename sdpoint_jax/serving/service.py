@@ -1,0 +1,116 @@
+"""From settings to a running service: which instances of an artefact are served, and the application that does it.
+
+Needs the extra `serve`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from sdpoint_jax.serving.controller import Controller, LatencyTable
+from sdpoint_jax.storage.table import InstanceRow
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+class ServiceSettings(pydantic.BaseModel):
+    """How an artefact is served.
+
+    Attributes:
+        artefact: path of the artefact of a sweep that was profiled.
+        objective_ms: time for an answer.
+        policy: how instances are chosen; see `controller.find_policy`.
+        instances: `pareto`, `all`, or names with commas between them.
+        batch_sizes: of those that were profiled; none for all. As text too: `1,4,16`.
+        max_queue: requests that may wait.
+        max_upload_mb: largest body of a request, in MiB.
+        device: whose profile to use; None for the only one in the artefact.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    artefact: str
+    objective_ms: float = 100.0
+    policy: str = "headroom"
+    instances: str = "pareto"
+    batch_sizes: tuple[int, ...] = ()
+    max_queue: int = 1024
+    max_upload_mb: float = 16.0
+    device: str | None = None
+
+    @pydantic.field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def make_controller(rows: Sequence[InstanceRow], settings: ServiceSettings) -> Controller:
+    """Makes the controller of the instances that the settings name.
+
+    Args:
+        rows: the table of the artefact.
+        settings: how it is served.
+
+    Raises:
+        ValueError: no latencies were measured, or a setting is not valid; names what is.
+    """
+    sizes = settings.batch_sizes or None
+    table = LatencyTable.from_rows(rows, device=settings.device, runtime="xla", batch_sizes=sizes)
+    names = [table.names[i] for i in table.front(range(len(table.names)))]
+    if settings.instances != "pareto":
+        names = list(table.names) if settings.instances == "all" else settings.instances.split(",")
+    served = [table.rows[table.index_of(name)] for name in dict.fromkeys(names)]
+    table = LatencyTable(served, table.setting, table.batch_sizes)
+    return Controller(
+        table, policy=settings.policy, objective=settings.objective_ms / 1e3, max_queue=settings.max_queue
+    )
+
+
+def make_app(
+    settings: ServiceSettings,
+    *,
+    token: str | None = None,
+    compile_first: bool = False,
+    on_ready: Callable[[LatencyTable], None] = lambda table: None,
+) -> "FastAPI":
+    """Makes the application that serves an artefact: predictor, controller, engine and routes.
+
+    Args:
+        settings: how it is served.
+        token: without one, `PUT /budget` does not exist.
+        compile_first: returns when all programs are compiled; else that starts with the application, which answers
+            503 before.
+        on_ready: hears of the instances that are compiled.
+
+    Raises:
+        CheckpointError: there is no sound artefact.
+        ValueError: a setting is not valid; names what is.
+    """
+    import numpy as np  # With JAX: the caller may have prepared the process for it just now.
+
+    from sdpoint_jax.serving.engine import Engine
+    from sdpoint_jax.serving.predictor import Predictor
+    from sdpoint_jax.serving.server import Limits, create_app
+
+    predictor = Predictor.load(settings.artefact)
+    controller = make_controller(predictor.rows, settings)
+    table = controller.table
+
+    def prepare():
+        predictor.compile(table.names, table.batch_sizes)
+        for name in table.names:
+            for size in table.batch_sizes:  # The first run of a program takes longer.
+                predictor.predict(np.zeros((size, *predictor.image_shape), np.uint8), instance=name)
+        on_ready(table)
+
+    if compile_first:
+        prepare()
+    return create_app(
+        predictor,
+        Engine(predictor, controller),
+        prepare=(lambda: None) if compile_first else prepare,
+        token=token,
+        limits=Limits(body_bytes=int(settings.max_upload_mb * (1 << 20))),
+    )
