@@ -13,34 +13,47 @@ Each way in a fresh process, for instances spread over the net:
 the cache, for other programs to use; by default it is a temporary one. `--step-time=yes` also times the naive step
 against ours, at full resolution. Last comes the memory that the project's programs need beside the batch, the
 parameters and the gradients: that of the instance that needs most, over that of full resolution.
+
+`--train=yes` measures instead, as `train.py` runs, from the start of the process on: the time to the end of the first
+step, and to the end of a run of `--steps` steps that draw from all instances, on the digits. Its ways:
+
+    first       all programs are compiled before the first step, into an empty cache
+    behind      programs are compiled behind the steps, in the order of their first use, as the project does
+    kept        the same again, from that cache
+
+The time that a way loses to compiling is what its run takes longer than that with the programs kept. All must end with
+the same parameters, to the bit.
 """
 
 import argparse
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 import jax
 from common import report
 from common.workload import OPTIMIZER, SCHEDULE, Setting, Training, preprocess
 
+from sdpoint_jax.config import default_config
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.programs.devices import AXIS, REPLICATED, SHARDED, Switch, shapes_of
+from sdpoint_jax.storage import checkpoint
+from sdpoint_jax.training import loop, plan
 from sdpoint_jax.training import step as steps
 
 WAYS = ("naive", "sequential", "concurrent", "cached")
+TRAINING_WAYS = ("first", "behind", "kept")
+_COMMON = dict(workers=0, cache="", step_time=False, train=False, steps=150)
 PRESETS = {
-    "small": dict(net="resnet20:32:128", dtype="float32", instances=5, sample=2, workers=0, cache="", step_time=False),
-    "cpu": dict(
-        net="preresnet101:224:16", dtype="float32", instances=4, sample=2, workers=0, cache="", step_time=False
-    ),
-    "gpu": dict(
-        net="preresnet101:224:256", dtype="bfloat16", instances=69, sample=2, workers=0, cache="", step_time=True
-    ),
+    "small": dict(net="resnet20:32:128", dtype="float32", instances=5, sample=2, **_COMMON),
+    "cpu": dict(net="preresnet101:224:16", dtype="float32", instances=4, sample=2, **_COMMON),
+    "gpu": dict(net="preresnet101:224:256", dtype="bfloat16", instances=69, sample=2, **_COMMON | {"step_time": True}),
 }
 
 
@@ -81,15 +94,66 @@ def compile_one_way(options) -> dict:
     }
 
 
+def train_one_way(options) -> dict:
+    """Trains in this process; measures seconds from its start to the ends of the steps, and digests the parameters."""
+    config, ends = default_config(), []
+    config.model.name, config.model.dtype = options.net.name, options.dtype
+    config.dataset.image_size = (options.net.image_size,) * 2
+    config.batch_size, config.compile_workers = options.net.batch_size, options.workers
+    config.num_epochs = options.steps * config.batch_size / 1197  # Training images of the digits.
+    config.validation_instances, config.reestimate_batches = "full", 1
+    config.validate_every_epochs = config.num_epochs
+    finish, programs_of = loop.Loop._finish_step, plan.Plan.programs
+
+    def finish_step(*args):
+        agreed = finish(*args)
+        ends.append(time.time() - options.started)
+        return agreed
+
+    def compiled_programs(self, state):
+        programs = programs_of(self, state)
+        for _ in programs.compile(self.sets, options.workers):
+            pass
+        return programs
+
+    loop.Loop._finish_step = finish_step
+    if options.way == "first":
+        plan.Plan.programs = compiled_programs
+    with tempfile.TemporaryDirectory() as workdir:
+        loop.train(config, workdir)
+        _, arrays, _ = checkpoint.newest(pathlib.Path(workdir, checkpoint.CHECKPOINTS))
+    digest = zlib.crc32(b"".join(leaf.tobytes() for leaf in jax.tree.leaves(arrays)))
+    return {"first_step": ends[0], "run": ends[-1], "steps": len(ends), "digest": digest}
+
+
+def compare_training(options) -> None:
+    """Trains in all ways, each in a process of its own, and prints what each takes."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as behind:
+        caches = {"first": first, "behind": behind, "kept": behind}
+        ways = {way: in_fresh_process(way, options, caches[way]) for way in TRAINING_WAYS}
+    for row in ways.values():
+        row["lost"] = row["run"] - ways["kept"]["run"]
+    if len({row["digest"] for row in ways.values()}) > 1:
+        raise RuntimeError(f"the ways end with different parameters: {ways}")
+    report.write(options.json, options, ways=ways)
+    print(report.heading())
+    title = f"{options.net}, {ways['first']['steps']} steps"
+    print(f"{title:36}{'to the first step, s':>24}{'to the last, s':>20}{'lost to compiling, s':>24}")
+    for way, row in ways.items():
+        print(f"{way:36}{row['first_step']:>24.1f}{row['run']:>20.1f}{row['lost']:>24.1f}")
+    print("all ended with the same parameters, to the bit")
+
+
 def temporary_bytes(programs: steps.TrainPrograms, instances) -> dict[str, int]:
     """Returns what an instance's program needs of memory beside its arguments and results, as XLA plans it."""
     return {i.name: programs.gradients(i).memory_analysis().temp_size_in_bytes for i in instances}
 
 
 def in_fresh_process(way: str, options, cache: str | None) -> dict:
-    """Returns what `compile_one_way` finds in a process of its own, with a persistent cache if a folder is named."""
+    """Returns what one way finds in a process of its own, with a persistent cache if a folder is named."""
     command = [sys.executable, __file__, f"--way={way}", f"--net={options.net}", f"--dtype={options.dtype}"]
-    command += [f"--{name}={getattr(options, name)}" for name in ("instances", "sample", "workers")]
+    command += [f"--{name}={getattr(options, name)}" for name in ("instances", "sample", "workers", "steps")]
+    command += [f"--started={time.time()}"]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     if cache:
         environment |= {
@@ -125,7 +189,8 @@ def parse():
     """Parses the command line: of the whole benchmark, or of one way in a process of its own."""
     if any(argument.startswith("--way=") for argument in sys.argv):
         parser = argparse.ArgumentParser()
-        for name, kind in dict(way=str, net=Setting.parse, dtype=str, instances=int, sample=int, workers=int).items():
+        flags = dict(way=str, net=Setting.parse, dtype=str, started=float)
+        for name, kind in (flags | dict.fromkeys(("instances", "sample", "workers", "steps"), int)).items():
             parser.add_argument(f"--{name}", type=kind)
         return parser.parse_args()
     options = report.parse(
@@ -136,6 +201,8 @@ def parse():
         workers=(int, "threads; 0 for as many as cores"),
         cache=(str, "folder of the persistent cache, empty or new"),
         step_time=(report.switch, "yes or no"),
+        train=(report.switch, "yes or no"),
+        steps=(int, "of a run, with --train"),
     )
     options.way = None
     return options
@@ -144,7 +211,11 @@ def parse():
 def main():
     options = parse()
     if options.way:
-        print(json.dumps(compile_one_way(options)))
+        measure = train_one_way if options.way in TRAINING_WAYS else compile_one_way
+        print(json.dumps(measure(options)))
+        return
+    if options.train:
+        compare_training(options)
         return
     options.instances = min(options.instances, len(Setting.parse(options.net).model().instances()))
     with tempfile.TemporaryDirectory() as temporary:

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     distributed.add_arguments(parser)
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """Trains; returns the exit code."""
+def run(args: argparse.Namespace) -> None:
+    """Trains; ends the process with `STOPPED` after a stop."""
     config: Any = config_flag.load_config(args.config_arguments, default="digits")
     distributed.start(args)
     from sdpoint_jax.training import loop, replay, stop  # Late, as JAX takes seconds and a mistyped flag should not.
@@ -36,11 +36,10 @@ def run(args: argparse.Namespace) -> int | None:
     workdir = pathlib.Path(args.workdir)
     if args.replay_step is not None:
         print(replay.replay(config, workdir, args.replay_step))
-        return None
+        return
     try:
         results = loop.train(config, workdir)
     except loop.Interrupted as interrupted:
         print(f"{interrupted}; the same command goes on", file=sys.stderr)
-        return stop.STOPPED
+        stop.leave()
     print(loop.format_summary(results, workdir))
-    return None

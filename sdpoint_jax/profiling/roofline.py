@@ -12,8 +12,7 @@ What is counted, in elements of the computation's dtype, for an operation from `
                                                              kernel gradient: output + input
     norm             0                 2 outputs             sums: 2 outputs; input gradient: 3 outputs
     add              output            output                3 outputs
-    max-pool         input + output    input + output        2 inputs + output
-    average pool     input + output    input + output        input + output
+    pool             input + output    input + output        output + input (a max-pool's: twice)
     classifier       input + output    input + output        as a convolution
 
 which assumes that a compiler fuses as XLA does:
@@ -24,6 +23,9 @@ which assumes that a compiler fuses as XLA does:
     - In training, normalising and ReLU are one pass, which reads and writes. Of its backward pass, the sums over the
       batch come first; both read the gradient and the norm's input.
     - Where two branches meet, their gradients are read, added up and written; ReLUs are masked along the way.
+    - A pool whose sizes do not divide goes along the height, then the width. If its windows are not pairs of
+      neighbours, as from 4 cells to 3, each window of a period reads its own cells and is written by itself, a sum in
+      float32, to be read once more and written to its place. Backward, gradients are added up in one pass per side.
     - Nothing stays in a cache from one pass to the next, and layouts need no copies or padding.
 
 Weights are read once per batch, as float32; in training a second time for the input gradient, and their gradients are
@@ -85,8 +87,8 @@ def _tpu(name, tflops, bandwidth_gbps, memory_gib, matrix_side=128):
 
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "System architecture", for one chip; v5p lists 95 GB. A matrix unit
 # is 128 x 128, from v6e on 256 x 256. GPUs, of the SXM form, without sparsity: NVIDIA's data sheets "A100 Tensor Core
-# GPU" (80 GB), "H100 Tensor Core GPU" and "H200 Tensor Core GPU", which list the last two's rates with sparsity, twice
-# as high.
+# GPU" (80 GB) and "H200 Tensor Core GPU", and "H100 Tensor Core GPU Architecture"; data sheets of the last two list
+# their rates with sparsity, twice as high.
 DEVICES = {
     device.name: device
     for device in (
@@ -95,8 +97,8 @@ DEVICES = {
         _tpu("tpu-v5p", 459, 2765, 95),
         _tpu("tpu-v6e", 918, 1638, 32, matrix_side=256),
         Device("a100", 312, 156, 2039, 80),
-        Device("h100", 989.5, 494.5, 3350, 80),
-        Device("h200", 989.5, 494.5, 4800, 141),
+        Device("h100", 989.4, 494.7, 3350, 80),
+        Device("h200", 989.4, 494.7, 4800, 141),
     )
 }
 
@@ -194,9 +196,29 @@ def _elements(operation: Operation, training: bool, is_first: bool) -> Iterator[
             if training:
                 yield "input_gradient", 3 * o
         case "max_pool" | "average_pool":
-            yield "forward", i + o
+            yield "forward", _pooled(operation, forward=True)
             if training:
-                yield "input_gradient", (2 if operation.kind == "max_pool" else 1) * i + o
+                again = i if operation.kind == "max_pool" else 0
+                yield "input_gradient", _pooled(operation, forward=False) + again
+
+
+def _pooled(operation, forward):
+    """Counts the elements that a pool reads and writes; backward, those of the gradients."""
+    (height, width, channels), (rows, columns, _) = operation.input, operation.output
+    averages = operation.kind == "average_pool"
+    is_usual = not averages and (rows, columns) == (-(-height // 2), -(-width // 2))  # The stem's own, of stride 2.
+    if is_usual or height % rows == width % columns == 0:
+        return channels * (height * width + rows * columns)
+    by_height = width * channels * _pooled_axis(height, rows, averages, forward)
+    return by_height + rows * channels * _pooled_axis(width, columns, averages, forward)
+
+
+def _pooled_axis(size, out, averages, forward):
+    """Counts likewise for one line of cells."""
+    if not forward or (averages and size - out == math.gcd(size, out)):
+        return size + out
+    cells = sum(-(-(i + 1) * size // out) - i * size // out for i in range(out))
+    return cells + (5 if averages else 3) * out  # A sum, written and read in float32, counts as four in bfloat16.
 
 
 def _padding(operation, side):

@@ -7,7 +7,6 @@ has a leading axis of devices. Both are global arrays, over the devices of all h
 
 import collections
 import concurrent.futures
-import contextlib
 import functools
 import gc
 import os
@@ -27,14 +26,14 @@ from sdpoint_jax.programs import cache
 AXIS = DEVICE_AXIS
 REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
 
+_LEVEL = "xla_backend_optimization_level"
 _ON_CPU = {
     # Convolutions to Eigen, whose kernel gradients are 2 to 5 times faster than those of YNNPACK, XLA's own choice.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     # Less duplication of what comes before a transposition. It also compiles sooner, as does the level.
     "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
-    "xla_backend_optimization_level": 1,
+    _LEVEL: 1,
 }
-
 
 PyTree = Any
 Key = TypeVar("Key", bound=Hashable)
@@ -142,6 +141,11 @@ def compiler_options() -> dict[str, Any]:
     return _options_for_cpu() if target.platform() == "cpu" else {}
 
 
+def quick_compiler_options() -> dict[str, Any]:
+    """Returns those of `compiler_options` that make what runs once compile sooner, and change no bit of its results."""
+    return {flag: value for flag, value in compiler_options().items() if flag == _LEVEL}
+
+
 @functools.cache
 def _options_for_cpu():
     given = os.environ.get("XLA_FLAGS", "")
@@ -222,16 +226,101 @@ def _sharding(spec):
     return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), spec)
 
 
-@contextlib.contextmanager
-def _no_garbage_collection():
-    """Stops looking for garbage, which takes a third of tracing's time: none of its many objects is any."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+class _NoGarbageCollection:
+    """As a context of any number of threads, stops looking for garbage while any of them is in it.
+
+    It would take a third of tracing's time: none of its many objects is garbage.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._was_enabled = threading.Lock(), 0, False
+
+    def __enter__(self):
+        with self._lock:
+            if not self._inside:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._was_enabled:
+                gc.enable()
+
+
+_no_garbage_collection = _NoGarbageCollection()
+
+
+class Compilation(Generic[Key]):
+    """Programs that threads compile, in the order of their keys, while those that are there run.
+
+    As a context, ends with what has begun: the rest is given up, and nothing waits.
+
+    Attributes:
+        start: `time.perf_counter()` at its start.
+    """
+
+    def __init__(
+        self,
+        compile_it: Callable[[Key], float],
+        keys: Iterable[Key],
+        workers: int = 0,
+        name: Callable[[Key], str] = str,
+    ):
+        """Starts to compile.
+
+        Args:
+            compile_it: compiles the program of a key; returns the seconds that took.
+            keys: in the order in which the programs are needed.
+            workers: threads; 0 for one per core.
+            name: names the program of a key, for errors.
+        """
+        self.start, self._name = time.perf_counter(), name
+        # Threads help, as XLA releases Python's lock.
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count() or 1)
+        self._tasks = {key: self._pool.submit(compile_it, key) for key in keys}
+
+    def __len__(self) -> int:
+        """Counts all programs, those that are there among them."""
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[tuple[Key, float]]:
+        """Yields (key, seconds) of each program as it comes, until all are there; raises as `seconds`."""
+        keys = {task: key for key, task in self._tasks.items()}
+        for task in concurrent.futures.as_completed(keys):
+            yield keys[task], self._result(keys[task])
+
+    def wait(self, keys: Iterable[Key], seconds: float) -> bool:
+        """Tells whether the programs of `keys` are there, after at most so many seconds; others are taken to be.
+
+        Raises:
+            RuntimeError: see `seconds`.
+        """
+        tasks = [self._tasks[key] for key in keys if key in self._tasks]
+        _, missing = concurrent.futures.wait(tasks, seconds, concurrent.futures.FIRST_EXCEPTION)
+        self.seconds()
+        return not missing
+
+    def seconds(self) -> dict[Key, float]:
+        """Returns how long each program took that is there.
+
+        Raises:
+            RuntimeError: one of the others does not compile.
+        """
+        return {key: self._result(key) for key, task in self._tasks.items() if task.done()}
+
+    def _result(self, key):
+        try:
+            return self._tasks[key].result()
+        except Exception as error:
+            raise RuntimeError(f"{self._name(key)} does not compile: {error}") from error
+
+    def __enter__(self) -> "Compilation[Key]":
+        return self
+
+    def __exit__(self, *_):
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Switch(Generic[Key]):
@@ -277,21 +366,21 @@ class Switch(Generic[Key]):
 
     def compile(self, keys: Iterable[Key], workers: int = 0) -> Iterator[tuple[Key, float]]:
         """Compiles what is missing, in so many threads (0: one per core); yields (key, seconds) of each program."""
-        workers = workers or os.cpu_count() or 1  # Threads help, as XLA releases Python's lock.
-        with _no_garbage_collection(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            tasks = [pool.submit(self._compile, key) for key in keys if key not in self._programs]
-            try:
-                for task in concurrent.futures.as_completed(tasks):
-                    yield task.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with self.compile_behind(keys, workers) as compilation:
+            yield from compilation
+
+    def compile_behind(
+        self, keys: Iterable[Key], workers: int = 0, name: Callable[[Key], str] = str
+    ) -> Compilation[Key]:
+        """Starts to compile what is missing, and returns at once; see `Compilation`."""
+        return Compilation(self._compile, [key for key in keys if key not in self._programs], workers, name)
 
     def _compile(self, key):
         start = time.perf_counter()
         with self._lock:
             compiling = self._compiling.setdefault(key, threading.Lock())
-        with compiling:
+        with compiling, _no_garbage_collection:
             if key not in self._programs:
                 with target.programs_for(self._target):
                     self._programs[key] = self._build(key)(*self._shapes(key))
-        return key, time.perf_counter() - start
+        return time.perf_counter() - start

@@ -8,10 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter writes in a thread, where errors are lost.
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from sdpoint_jax import progress
 from sdpoint_jax.storage import files
 
@@ -94,15 +90,11 @@ class RunLog:
         files.write_atomically(path, b"".join(kept))
         self._file = path.open("a")
         (self._workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events = EventsWriter(str(self._workdir / "tensorboard" / "events"))
-        if start_step:  # TensorBoard then drops what it has read of this step and later ones.
-            start = SessionLog(status=SessionLog.START)
-            self._events.write_event(Event(wall_time=time.time(), step=start_step, session_log=start))
+        self._events = _Events(self._workdir / "tensorboard" / "events", start_step)
 
     def _write(self, step, row, scalars):
         self._file.write(json.dumps(row) + "\n")
-        for name, value in scalars.items():
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+        self._events.write(step, scalars)
 
     def _flush(self):
         self._file.flush()
@@ -115,6 +107,39 @@ class RunLog:
                 if file:
                     file.close()
         self._file = self._events = None
+
+
+class _Events:
+    """A TensorBoard event file, opened with the first row: its library loads PyTorch, if that is there, for seconds."""
+
+    def __init__(self, path, start_step):
+        self._path, self._start_step, self._writer = path, start_step, None
+
+    def write(self, step, scalars):
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event
+
+        if not self._writer:
+            self._open()
+        for name, value in scalars.items():
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+
+    def _open(self):
+        from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter writes in a thread: errors are lost.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._writer = EventsWriter(str(self._path))
+        if self._start_step:  # TensorBoard then drops what it has read of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=self._start_step, session_log=start))
+
+    def flush(self):
+        if self._writer:
+            self._writer.flush()
+
+    def close(self):
+        if self._writer:
+            self._writer.close()
 
 
 class NoLog:

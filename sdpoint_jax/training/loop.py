@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax import progress
 from sdpoint_jax.instance import set_name
-from sdpoint_jax.programs.devices import is_main_host, prefetch, replicate
+from sdpoint_jax.programs.devices import Compilation, is_main_host, prefetch, replicate
 from sdpoint_jax.programs.evaluator import Evaluator, Metrics
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.lock import FolderLock
@@ -26,6 +26,7 @@ from sdpoint_jax.training.step import Control, TrainPrograms
 from sdpoint_jax.training.stop import StopSignals
 
 _STEPS_AHEAD = 2  # How far the host runs ahead of the devices: enough to keep them busy.
+_PATIENCE = 0.2  # Seconds between looks at whether the run is to stop, while a step waits for its program.
 
 
 class NonFiniteError(RuntimeError):
@@ -55,30 +56,26 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
         restore.check_best_metric(plan)
     lock = FolderLock(workdir, "workdir") if is_main_host() else contextlib.nullcontext()
     with lock, StopSignals() as signals:
-        run = restore.restore_or_create(plan, workdir)
-        if run.step:
-            progress.say(f"continuing after step {run.step} of {plan.total_steps}")
-        programs = plan.programs(run.train)
-        if run.step < plan.total_steps:
-            progress.say(plan.describe_cost())
-            _compile(programs, plan)
-        run.train = replicate(run.train)
-        if is_main_host():
-            restore.write_config(config, workdir)
-        with (
-            contextlib.closing(_open_checkpoints(plan, workdir, run.step)) as checkpoints,
-            contextlib.closing(_open_log(plan, workdir, run)) as log,
-        ):
-            Loop(plan, run, programs, checkpoints, log, signals).run()
+        restored = restore.restore(plan, workdir)
+        start_step = restored.step if restored else 0
+        if start_step:
+            progress.say(f"continuing after step {start_step} of {plan.total_steps}")
+        programs = plan.programs(plan.shapes_of_state())
+        with programs.compile_behind(plan.sets_by_first_use(start_step), config.compile_workers) as compilation:
+            run = restored or restore.create(plan)
+            if run.step < plan.total_steps:
+                progress.say(plan.describe_cost())
+            run.train = replicate(run.train)
+            if is_main_host():
+                restore.write_config(config, workdir)
+            with (
+                contextlib.closing(_open_checkpoints(plan, workdir, run.step)) as checkpoints,
+                contextlib.closing(_open_log(plan, workdir, run)) as log,
+            ):
+                Loop(plan, run, programs, compilation, checkpoints, log, signals).run()
     if run.skipped:
         progress.say(f"skipped {run.skipped} of {plan.total_steps} steps, which were not finite")
     return run.validation
-
-
-def _compile(programs, plan):
-    what = "instance" if plan.config.instances_per_step == 1 else "set of instances"
-    compiled = programs.compile(plan.sets, plan.config.compile_workers)
-    progress.compile_with_bar(compiled, len(plan.sets) + 1, f"one for each {what} and the update")
 
 
 def _open_checkpoints(plan, workdir, start_step):
@@ -106,12 +103,13 @@ class Loop:
         plan: Plan,
         run: RunState,
         programs: TrainPrograms,
+        compilation: Compilation,
         checkpoints: checkpoint.RunCheckpoints,
         log: RunLog | NoLog,
         signals: StopSignals,
     ):
         """Takes the parts of a run; `run.train` is on the devices, and all of `run` changes with the steps."""
-        self._plan, self._run, self._programs = plan, run, programs
+        self._plan, self._run, self._programs, self._compilation = plan, run, programs, compilation
         self._checkpoints, self._log, self._signals = checkpoints, log, signals
         self._evaluator = Evaluator(
             plan.experiment.model,
@@ -123,6 +121,10 @@ class Loop:
         self._pending = collections.deque()  # Steps that were started, whose metrics have not been read.
         images = dict(total=plan.total_steps * plan.config.batch_size, initial=run.step * plan.config.batch_size)
         self._bar = progress.bar(**images, desc="training", unit="img", unit_scale=True)
+        what = "instance" if plan.config.instances_per_step == 1 else "set of instances"
+        self._compiling = progress.CompilingBehind(
+            len(compilation), f"one for each {what} and the update", compilation.start
+        )
         self._clock, self._saved_at = time.perf_counter(), time.monotonic()
 
     def run(self) -> None:
@@ -148,11 +150,26 @@ class Loop:
         """Draws the instances of the next step and starts its programs."""
         run = self._run
         instances = self._plan.draw(run.step)
+        self._wait_for_programs(instances)
         self._signals.unsaved = True
         control = Control(run.step, self._signals.received, self._minutes_are_over()).shard()
         run.train, metrics = self._programs[instances](run.train, control, batch)
         self._pending.append((run.step, set_name(instances), metrics))
         run.step += 1
+
+    def _wait_for_programs(self, instances):
+        """Waits until the programs of a step are there; a stop does not, if there is one host alone."""
+        start = time.perf_counter()
+        while not self._compilation.wait(self._programs.keys_of(instances), _PATIENCE):
+            self._bar.set_postfix_str(f"{self._compiled()}waiting for that of {set_name(instances)}")
+            if self._signals.received and jax.process_count() == 1:
+                self._finish_steps(wait_for_all=True)
+                self._save()
+                raise Interrupted(self._stopped())
+        self._compiling.waited += time.perf_counter() - start
+
+    def _compiled(self):
+        return self._compiling.describe(len(self._compilation.seconds()))
 
     def _finish_steps(self, wait_for_all) -> Control:
         """Finishes steps until few enough are pending; all of them, once one says that some host asks for something."""
@@ -171,9 +188,10 @@ class Loop:
         if not metrics["finite"]:
             self._report_nonfinite(step, row)
             row["skipped"] = self._run.skipped
+        self._compiling.report_step(self._compilation.seconds().values())
         batch_size, now = self._plan.config.batch_size, time.perf_counter()
         rate, self._clock = batch_size / (now - self._clock), now
-        self._bar.set_postfix_str(f"{drawn}, loss {row['loss']:.3f}, step {step + 1}", refresh=False)
+        self._bar.set_postfix_str(f"{self._compiled()}{drawn}, loss {row['loss']:.3f}, step {step + 1}", refresh=False)
         self._bar.update(batch_size)
         if step % self._plan.config.log_every_steps == 0 or not metrics["finite"]:
             self._log.step(step, {"instance": drawn, **row}, rate)

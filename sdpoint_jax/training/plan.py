@@ -21,10 +21,10 @@ from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
 from sdpoint_jax.training.mixing import Mixing
 from sdpoint_jax.training.objective import Distillation
 from sdpoint_jax.training.optimizer import LearningRate, optimizer_of
-from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state
+from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state, shapes_of_state
 from sdpoint_jax.training.teacher import load_teacher
 
-_COUNTED_STEPS = 10_000  # Of a longer run, the MACs of so many steps at even distances are counted.
+_COUNTED_STEPS = 10_000  # Of a longer run, so many steps are drawn to count MACs, or to find the sets drawn first.
 
 
 def learning_rate_of(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> LearningRate:
@@ -85,6 +85,11 @@ class Plan:
             ema=self.config.ema_decay > 0,
         )
 
+    def shapes_of_state(self) -> TrainState:
+        """Returns the shapes of what `create_state` makes."""
+        ema = self.config.ema_decay > 0
+        return shapes_of_state(self.experiment.model, self._optimizer, self.experiment.image_shape, ema=ema)
+
     def training_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's share of the training batches from `start_step` on, and how their images are mixed."""
         with self.experiment.training_batches(start_step) as batches:
@@ -98,7 +103,7 @@ class Plan:
         return {"mixes": rows[first : first + local_batch]}
 
     def programs(self, state: TrainState) -> TrainPrograms:
-        """Makes the programs for such a state, yet to be compiled; a teacher gets its statistics here."""
+        """Makes the programs for such a state or its shapes, yet to be compiled; a teacher gets its statistics here."""
         local_batch = self.config.batch_size // jax.process_count()
         batch = {
             "images": shape_of_shards((local_batch, *self.experiment.image_shape), np.uint8),
@@ -139,6 +144,19 @@ class Plan:
             sampling=config.sampling,
             weights=self._weights(step),
         )
+
+    def sets_by_first_use(self, start_step: int) -> tuple[tuple[SDPointInstance, ...], ...]:
+        """Lists the sets in the order in which the steps from `start_step` on draw them; not those that none draws.
+
+        In a long run, sets that are not drawn soon come last, in the order of `sets`.
+        """
+        end = min(self.total_steps, start_step + _COUNTED_STEPS)
+        drawn: dict[tuple[SDPointInstance, ...], None] = {}
+        for step in range(start_step, end):
+            drawn.setdefault(self.draw(step))
+            if len(drawn) == len(self.sets):
+                break
+        return tuple(dict.fromkeys([*drawn, *(self.sets if end < self.total_steps else ())]))
 
     def _weights(self, step):
         config = self.config

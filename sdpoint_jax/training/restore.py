@@ -60,7 +60,7 @@ class RunState:
 
     @classmethod
     def from_record(cls, train: TrainState, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> "RunState":
-        """Returns the inverse of `to_record`; the values of `train` are not used."""
+        """Returns the inverse of `to_record`; of `train`, the structure counts alone."""
         found = record["validation"]
         return cls(
             serialization.from_state_dict(train, {"ema": None, **arrays}),
@@ -107,8 +107,8 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     files.write_atomically(workdir / CONFIG, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def restore_or_create(plan: Plan, workdir: pathlib.Path) -> RunState:
-    """Returns what a run starts from: its newest sound checkpoint, `config.init_from`, or drawn parameters.
+def restore(plan: Plan, workdir: pathlib.Path) -> RunState | None:
+    """Returns the newest sound checkpoint of a run; None where it has none yet.
 
     Args:
         plan: of the run.
@@ -116,14 +116,21 @@ def restore_or_create(plan: Plan, workdir: pathlib.Path) -> RunState:
 
     Raises:
         CheckpointError: none of the run's checkpoints is sound.
-        ValueError: they are of another config, or the hosts do not see the same ones; or `config.init_from` does not
-            fit the net.
+        ValueError: they are of another config, or the hosts do not see the same ones.
     """
-    state, folder = plan.create_state(), workdir / checkpoint.CHECKPOINTS
+    folder = workdir / checkpoint.CHECKPOINTS
     found = checkpoint.newest(folder)
     _check_same_on_all_hosts(found[0] if found else -1, workdir)
-    if found:
-        return _from_checkpoint(plan.config, folder / str(found[0]), state, *found[1:])
+    return _from_checkpoint(plan, folder / str(found[0]), *found[1:]) if found else None
+
+
+def create(plan: Plan) -> RunState:
+    """Returns what a run without a checkpoint starts from: the parameters of `config.init_from`, or drawn ones.
+
+    Raises:
+        ValueError: `config.init_from` does not fit the net.
+    """
+    state = plan.create_state()
     if plan.config.init_from:
         params = _initial_params(plan.experiment, state.params)
         state = state.replace(params=params, ema=state.ema and jax.tree.map(np.copy, params))
@@ -136,7 +143,7 @@ def restore_step(plan: Plan, workdir: pathlib.Path, step: int) -> RunState:
     if not path.exists():
         there = ", ".join(map(str, checkpoint.list_steps(path.parent))) or "none"
         raise checkpoint.CheckpointError(f"{path}: no such checkpoint; there are {there}")
-    return _from_checkpoint(plan.config, path, plan.create_state(), *checkpoint.load(path))
+    return _from_checkpoint(plan, path, *checkpoint.load(path))
 
 
 def _initial_params(experiment: Experiment, drawn):
@@ -154,11 +161,11 @@ def _initial_params(experiment: Experiment, drawn):
     return params
 
 
-def _from_checkpoint(config, path, state, arrays, record):
+def _from_checkpoint(plan, path, arrays, record):
     if not isinstance(record, dict) or not {"config", "step", "validation"} <= record.keys():
         raise checkpoint.CheckpointError(f"{path}: not the checkpoint of a run")
-    _check_same(config, record["config"], path)
-    return RunState.from_record(state, arrays, record)
+    _check_same(plan.config, record["config"], path)
+    return RunState.from_record(plan.shapes_of_state(), arrays, record)
 
 
 def _check_same(config, there, where):

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.instance import SDPointInstance, set_name
 from sdpoint_jax.models import target
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import (
     AXIS,
     REPLICATED,
     SHARDED,
+    Compilation,
     Switch,
     device_count,
     parallel,
+    quick_compiler_options,
     replicate,
     shapes_of,
     shard,
@@ -90,14 +92,22 @@ def create_state(
         image_shape: (H, W, C).
         ema: whether to keep an average of the parameters, which begins with them.
     """
-
-    @jax.jit
-    def init(key):
-        params = model.init(key, jnp.zeros((1, *image_shape)), train=False)["params"]
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    state = jax.device_get(init(jax.random.key(seed)))
+    init, key = jax.jit(functools.partial(_init, model, optimizer, image_shape)), jax.random.key(seed)
+    state = jax.device_get(init.lower(key).compile(quick_compiler_options())(key))
     return state.replace(ema=jax.tree.map(np.copy, state.params)) if ema else state
+
+
+def shapes_of_state(
+    model: ResNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], *, ema: bool = False
+) -> TrainState:
+    """Returns the shapes of what `create_state` makes, by the same arguments."""
+    state = jax.eval_shape(functools.partial(_init, model, optimizer, image_shape), jax.random.key(0))
+    return state.replace(ema=state.params) if ema else state
+
+
+def _init(model, optimizer, image_shape, key):
+    params = model.init(key, jnp.zeros((1, *image_shape)), train=False)["params"]
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def gradient_step(
@@ -283,6 +293,18 @@ class TrainPrograms:
         """Compiles ahead of time; see `Switch.compile`."""
         return self._programs.compile([_UPDATE, *map(_as_set, sets)], workers)
 
+    def compile_behind(
+        self, sets: Iterable[SDPointInstance | tuple[SDPointInstance, ...]], workers: int = 0
+    ) -> Compilation[Hashable]:
+        """Starts to compile, in the order in which steps will need the programs; see `Switch.compile_behind`."""
+        keys = list(map(_as_set, sets))
+        ordered = [*keys[:1], _UPDATE, *keys[1:]] if keys else []
+        return self._programs.compile_behind(ordered, workers, _program_name)
+
+    def keys_of(self, instances: SDPointInstance | tuple[SDPointInstance, ...]) -> tuple[Hashable, ...]:
+        """Returns the keys, in a `Compilation`, of the programs that the step of `instances` runs."""
+        return _as_set(instances), _UPDATE
+
     def gradients(self, instances: SDPointInstance | tuple[SDPointInstance, ...]) -> Callable:
         """Returns the first of the two programs alone: (params, control, batch) to what `gradient_step` returns."""
         program = self._programs[_as_set(instances)]
@@ -307,6 +329,10 @@ class TrainPrograms:
     def __len__(self) -> int:
         """Counts the programs that are compiled."""
         return len(self._programs)
+
+
+def _program_name(key):
+    return "the update" if key == _UPDATE else f"the step of instance {set_name(key)}"
 
 
 def _as_set(instances):

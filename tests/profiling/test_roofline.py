@@ -46,6 +46,31 @@ def test_the_pool_of_a_point_reads_the_large_and_writes_the_small_activation():
     assert _bytes_of("block_01/pool forward", instance=SDPointInstance(1, 0.5)) == 4 * 10 * (X + X // 4)
 
 
+@pytest.mark.parametrize(
+    "size, ratio, height, width, backward",
+    [
+        (8, 0.75, 8 + 6, 8 + 6, 8 + 6),  # Each period of 4 cells gives 3 averages of neighbours.
+        # Windows of 2, 3, 3 and 2 cells; each average is written and read in float32, and written once more.
+        (7, 0.5, 10 + 5 * 4, 10 + 5 * 4, 7 + 4),
+    ],
+)
+def test_a_pool_whose_sizes_do_not_divide_goes_along_one_side_after_the_other(size, ratio, height, width, backward):
+    passes = list_passes(TINY, SDPointInstance(1, ratio), size, 1, training=True, channels=1)
+    moved, out = {one.name: one.bytes for one in passes}, round(size * ratio)
+    assert moved["block_01/pool forward"] == 4 * 4 * (size * height + out * width)
+    assert moved["block_01/pool input_gradient"] == 4 * 4 * (size + out) * backward
+
+
+def test_the_stems_own_pool_is_one_pass_at_any_size_and_an_adaptive_one_reads_each_window():
+    def elements(instance, size):
+        passes = list_passes(create_model("resnet18", 10), instance, size, 1, training=False)
+        return {one.name: one.bytes for one in passes}["stem/pool forward"] / (4 * 64)
+
+    assert elements(FULL_RESOLUTION, 150) == 75**2 + 38**2
+    # From 112 to 42: 14 periods of 8 cells, windows of 3, 4 and 3; each maximum is written, read and written once more.
+    assert elements(SDPointInstance(STEM, 0.75), 224) == (112 + 42) * (14 * 10 + 3 * 42)
+
+
 def test_the_gradient_of_a_max_pool_reads_its_input_once_more():
     passes = list_passes(create_model("resnet18", 10), SDPointInstance(STEM, 0.5), 224, 1, training=True)
     before, after = 112 * 112 * 64, 28 * 28 * 64

@@ -1,3 +1,6 @@
+import gc
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -76,3 +79,53 @@ def test_a_program_for_absent_devices_is_not_kept_on_disk(monkeypatch):
         axes = (devices.REPLICATED, devices.SHARDED)
         program = devices.parallel(_mean_and_rows, in_axes=axes, out_axes=axes)(*shapes)
     assert program.memory_analysis().argument_size_in_bytes == 4 + 2 * 2 * 4
+
+
+class Builds:
+    """Builds programs that return their key; that of "late" waits until it is let go."""
+
+    def __init__(self):
+        self.begun, self.let_go = [], threading.Event()
+
+    def __call__(self, key):
+        self.begun.append(key)
+        if key == "late":
+            assert self.let_go.wait(20)
+        if key == "wrong":
+            raise ValueError("too large")
+        return lambda: lambda: (key, gc.isenabled())
+
+
+def test_programs_compile_in_the_order_of_their_keys_behind_those_that_run():
+    builds = Builds()
+    switch = devices.Switch(builds, lambda key: ())
+    with switch.compile_behind(["first", "late", "last"], workers=1) as compilation:
+        assert compilation.wait(["first"], 20) and switch["first"]()[0] == "first"
+        assert not compilation.wait(["first", "late"], 0.01) and set(compilation.seconds()) == {"first"}
+        assert not gc.isenabled()  # While anything is traced.
+        builds.let_go.set()
+        assert compilation.wait(["last"], 20) and set(compilation.seconds()) == {"first", "late", "last"}
+    assert builds.begun == ["first", "late", "last"] and len(compilation) == len(switch) == 3
+    assert gc.isenabled()
+
+
+def test_what_has_not_begun_to_compile_at_the_end_of_the_context_never_does():
+    builds = Builds()
+    switch = devices.Switch(builds, lambda key: ())
+    with switch.compile_behind(["late", "last"], workers=1) as compilation:
+        while not builds.begun:
+            assert not compilation.wait(["late"], 0.01)
+    builds.let_go.set()
+    assert switch["late"]()[0] == "late" and builds.begun == ["late"]
+
+
+def test_a_program_that_does_not_compile_is_named_to_whoever_waits_for_any():
+    switch = devices.Switch(Builds(), lambda key: ())
+    with (
+        switch.compile_behind(["wrong", "right"], 1, "program {}".format) as compilation,
+        pytest.raises(RuntimeError, match="^program wrong does not compile: too large$"),
+    ):
+        compilation.wait(["right"], 20)
+        compilation.wait(["right"], 20)
+    with pytest.raises(RuntimeError, match="wrong does not compile: too large"):
+        list(switch.compile(["wrong"]))

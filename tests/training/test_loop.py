@@ -26,6 +26,7 @@ from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.profiling.macs import list_layers
+from sdpoint_jax.programs.devices import Switch
 from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.training import logs, plan, replay
@@ -110,6 +111,107 @@ def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, whole))
     chex.assert_trees_all_equal(ours, theirs)
+
+
+def same(workdir, other):
+    """Asserts that two finished runs have the same bits and the same log."""
+    assert (workdir / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    chex.assert_trees_all_equal(*(checkpoint.newest(path / "checkpoints")[1] for path in (workdir, other)))
+
+
+@pytest.fixture
+def slow_compiler(monkeypatch):
+    """A function that makes `wait_for(key)` precede the compilation of each key of the training programs."""
+    compile_it = Switch._compile
+
+    def slow_down(wait_for):
+        def compile_slowly(self, key):
+            if key == "update" or isinstance(key, tuple) and isinstance(key[0], SDPointInstance):
+                wait_for(key)
+            return compile_it(self, key)
+
+        monkeypatch.setattr(Switch, "_compile", compile_slowly)
+
+    return slow_down
+
+
+def test_a_run_whose_programs_are_all_there_first_ends_as_one_that_waits_for_each(
+    finished, tmp_path, monkeypatch, slow_compiler, capsys
+):
+    programs_of = plan.Plan.programs
+
+    def compiled(self, state):
+        programs = programs_of(self, state)
+        assert len(list(programs.compile(self.sets))) == 4
+        return programs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.Plan, "programs", compiled)
+        training.train(tiny.config(), tmp_path / "first")
+    assert "compiled" not in capsys.readouterr().out
+    slow_compiler(lambda key: time.sleep(0.3))
+    training.train(tiny.config(compile_workers=1), tmp_path / "waiting")
+    out = capsys.readouterr().out
+    assert re.search(r"first step after \d+\.\d s: compiled 2 of 4 programs", out)
+    assert re.search(r"compiled 4 programs, one for each instance and the update: .* steps waited for [1-9]", out)
+    same(tmp_path / "first", finished[0])
+    same(tmp_path / "waiting", finished[0])
+
+
+def test_the_first_step_runs_before_the_programs_of_later_ones_are_there(tmp_path, monkeypatch, slow_compiler):
+    config = tiny.config(num_epochs=0.3)
+    first, stepped, finish = plan.Plan(config).draw(0), threading.Event(), training.Loop._finish_step
+
+    def finish_step(self, *args):
+        stepped.set()
+        return finish(self, *args)
+
+    monkeypatch.setattr(training.Loop, "_finish_step", finish_step)
+    slow_compiler(lambda key: key in ("update", first) or stepped.wait(60) or pytest.fail("no step"))
+    assert training.train(config, tmp_path)
+
+
+def test_a_stop_does_not_wait_for_a_program_that_compiles(finished, tmp_path, slow_compiler):
+    found, stopped = plan.Plan(tiny.config()), threading.Event()
+    late = found.sets_by_first_use(0)[-1]
+    first_use = next(step for step in range(TOTAL_STEPS) if found.draw(step) == late)
+
+    def wait_for(key):
+        if key == late:
+            while not (tmp_path / "metrics.jsonl").exists():
+                time.sleep(0.01)
+            time.sleep(1)  # Steps wait by now; else the stop comes sooner, and the run ends at an earlier step.
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped.wait(60)
+
+    slow_compiler(wait_for)
+    with pytest.raises(training.Interrupted, match=f"stopped after step {first_use} of 30"):
+        training.train(tiny.config(), tmp_path)
+    stopped.set()
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] == first_use
+    slow_compiler(lambda key: None)
+    training.train(tiny.config(), tmp_path)
+    same(tmp_path, finished[0])
+
+
+def test_an_instance_whose_program_does_not_compile_is_named(tmp_path, slow_compiler):
+    def fail(key):
+        if key != "update" and key[0].name == "p02_r0.75":
+            raise ValueError("out of memory")
+
+    slow_compiler(fail)
+    with pytest.raises(RuntimeError, match="the step of instance p02_r0.75 does not compile: out of memory"):
+        training.train(tiny.config(), tmp_path)
+
+
+def test_programs_are_listed_by_their_first_use_and_those_of_no_step_not_at_all():
+    found = plan.Plan(tiny.config(instances="all", num_epochs=2.0))
+    drawn = [found.draw(step) for step in range(found.total_steps)]
+    for start in (0, 7, found.total_steps - 2, found.total_steps):
+        assert found.sets_by_first_use(start) == tuple(dict.fromkeys(drawn[start:]))
+    endless = plan.Plan(tiny.config(sampling="weighted", sampling_weights=(1.0, 0.0, 1.0), num_epochs=1000.0))
+    assert set(endless.sets_by_first_use(3)[:2]) == {endless.sets[0], endless.sets[2]}
+    assert endless.sets_by_first_use(3)[2:] == (endless.sets[1],)
 
 
 def with_everything(teacher):
@@ -458,6 +560,18 @@ def test_a_stop_before_there_is_anything_to_save_ends_the_process_at_once():
     """
     ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stderr.count("\n")) == (75, 1)
+
+
+def test_the_end_after_a_stop_waits_for_no_thread():
+    code = """if True:
+        import concurrent.futures, time
+        from sdpoint_jax.training import stop
+        concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 120)
+        print("saved")
+        stop.leave()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (75, "saved\n")
 
 
 @pytest.mark.parametrize(
