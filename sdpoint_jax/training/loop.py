@@ -60,6 +60,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
             progress.say(f"continuing after step {run.step} of {plan.total_steps}")
         programs = plan.programs(run.train)
         if run.step < plan.total_steps:
+            progress.say(plan.describe_parameters(run.train))
             progress.say(plan.describe_cost())
             _compile(programs, plan)
         run.train = replicate(run.train)

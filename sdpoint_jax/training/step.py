@@ -13,6 +13,7 @@ import optax
 
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models import target
+from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import (
     AXIS,
@@ -38,7 +39,7 @@ class TrainState:
 
     Attributes:
         step: number of the next step, int32 scalar.
-        params: float32 parameters of the net.
+        params: float32 parameters of the net, and of single instances; see `models.norm_parameters`.
         opt_state: of the optimiser.
         ema: exponential moving average of the parameters; None without one.
     """
@@ -80,6 +81,7 @@ def create_state(
     image_shape: tuple[int, int, int],
     *,
     ema: bool = False,
+    own_norms: Sequence[SDPointInstance] = (),
 ) -> TrainState:
     """Makes the state before step 0, on the host.
 
@@ -89,14 +91,18 @@ def create_state(
         seed: of the parameters.
         image_shape: (H, W, C).
         ema: whether to keep an average of the parameters, which begins with them.
+        own_norms: instances that have scales and shifts of their own; see `models.norm_parameters`.
     """
 
     @jax.jit
     def init(key):
         params = model.init(key, jnp.zeros((1, *image_shape)), train=False)["params"]
+        params = with_own_norms(model, params, own_norms)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     state = jax.device_get(init(jax.random.key(seed)))
+    if own_norms:  # They may be the shared arrays, and a step writes its state where that of the one before was.
+        state = jax.tree.map(np.copy, state)
     return state.replace(ema=jax.tree.map(np.copy, state.params)) if ema else state
 
 

@@ -136,6 +136,8 @@ def with_everything(teacher):
         checkpoint_every_steps=4,
     )
     config.model.cross_device_norm = config.model.remat = True
+    config.model.norm_parameters = "per_instance"
+    config.dataset.augmentation = "shift+trivial_augment+random_erasing:0.25"
     return config
 
 
