@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
     config.model.name = "wrn16_1"  # See sdpoint_jax.models.
     config.model.dtype = "float32"  # Of the computation: float32 or bfloat16.
     config.model.cross_device_norm = False  # Normalise in training over all devices, not on each by itself.
+    config.model.norm_parameters = "shared"  # Scales and shifts of BatchNorm; or per_instance, after each one's point.
     config.model.remat = False  # Recompute activations in the backward pass, for less memory.
 
     config.dataset = ConfigDict()
@@ -171,6 +172,7 @@ def _check_distillation(flat):
 
 
 _CHOICES = {
+    "model.norm_parameters": ("shared", "per_instance"),
     "step_instances": ("sandwich", "full", "drawn"),
     "optimizer": ("sgd", "adamw", "lamb"),
     "weight_decay_on": ("all", "kernels"),

@@ -14,6 +14,7 @@ from sdpoint_jax.config import check_config
 from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
 from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.models.norm_parameters import instances_with_own_norms, with_own_norms
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ResNet
 
@@ -93,7 +94,10 @@ class Experiment:
         self.evaluation_batch_size = -(-config.evaluation_batch_size // jax.device_count()) * jax.device_count()
 
     def check_params(self, params: Any, source: str) -> None:
-        """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes."""
+        """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes.
+
+        Whether instances have scales and shifts of their own is for `params` to say.
+        """
         check_variables(self.model, self.config.model.name, self, params, source)
 
     def check_statistics(self, statistics: Any, source: str) -> None:
@@ -154,9 +158,11 @@ def check_variables(
     """
     images = jax.ShapeDtypeStruct((1, *experiment.image_shape), np.float32)
     variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    like = variables.get(kind, {})
+    if kind == "params":
+        like = with_own_norms(model, like, instances_with_own_norms(given))
     wanted, given = (
-        {key: value.shape for key, value in traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (variables.get(kind, {}), given)
+        {key: value.shape for key, value in traverse_util.flatten_dict(tree, sep="/").items()} for tree in (like, given)
     )
     wrong = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
     if wrong:

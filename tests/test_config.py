@@ -23,6 +23,7 @@ def test_a_config_is_locked():
     [
         ({"schedule": "linear"}, "config.schedule 'linear': valid are cosine, step"),
         ({"reestimate_images": "test"}, "'test': valid are augmented, clean"),
+        ({"model": {"norm_parameters": "own"}}, "config.model.norm_parameters 'own': valid are shared, per_instance"),
         ({"num_epochs": 0.0}, "config.num_epochs 0.0: must be positive"),
         ({"batch_size": 0}, "config.batch_size 0: at least 1"),
         ({"learning_rate": float("nan")}, "config.learning_rate nan: must be positive"),

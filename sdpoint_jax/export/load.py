@@ -42,15 +42,16 @@ class Classifier:
             )
         if instance not in self._programs:
             self._programs[instance] = self._load(instance)
-        program, statistics = self._programs[instance]
-        return np.asarray(program(self._params, statistics, images))
+        program, own, statistics = self._programs[instance]
+        return np.asarray(program(self._params | own, statistics, images))
 
     def _load(self, instance):
         files = {row["instance"]: row["files"] for row in self.manifest["instances"]}
         if instance not in files:
             raise ValueError(f"instance {instance!r}: the folder has {', '.join(files)}")
         exported = jax.export.deserialize(bytearray(self._read(files[instance]["stablehlo"])))
-        return jax.jit(exported.call), _arrays(self._read(files[instance]["statistics"]))
+        own = _arrays(self._read(files[instance]["params"])) if "params" in files[instance] else {}
+        return jax.jit(exported.call), own, _arrays(self._read(files[instance]["statistics"]))
 
     def _read(self, name):
         content = (self._folder / name).read_bytes()

@@ -16,9 +16,10 @@ from flax import traverse_util
 from onnx import TensorProto, helper, numpy_helper
 
 from sdpoint_jax.export.layout import channels_first
-from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec, ShortcutSpec
 from sdpoint_jax.models.blocks import NORM_EPSILON
+from sdpoint_jax.models.norm_parameters import own_params, params_for
 from sdpoint_jax.models.pool import averaging_matrix, downsampled_size, window_cells
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage.artefact import Artefact
@@ -35,6 +36,8 @@ def write(
 ) -> dict[SDPointInstance, dict[str, str]]:
     """Writes the weights once and a model for each instance, and checks each model in full.
 
+    What an instance has for itself, its statistics and perhaps scales and shifts, is in its model.
+
     Args:
         swept: the artefact.
         instances: of those that were swept.
@@ -47,7 +50,8 @@ def write(
     files = {}
     for instance in instances:
         model = build_model(swept, instance)
-        _refer_to_weights(model, places)
+        own = traverse_util.flatten_dict(own_params(swept.params, instance), sep="/")
+        _refer_to_weights(model, {name: place for name, place in places.items() if name not in own})
         path = folder / f"{instance.name}.onnx"
         onnx.save(model, path)
         onnx.checker.check_model(str(path), full_check=True)
@@ -63,7 +67,7 @@ def build_model(swept: Artefact, instance: SDPointInstance) -> onnx.ModelProto:
         instance: one that was swept.
     """
     net = create_model(swept.model, swept.num_classes).architecture
-    graph = _Graph({"": swept.params, "statistics/": swept.batch_stats[instance]})
+    graph = _Graph({"": params_for(swept.params, instance), "statistics/": swept.batch_stats[instance]})
     _Net(net, graph, instance).emit(swept)
     height, width, channels = swept.image_shape
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", height, width, channels])
@@ -77,10 +81,10 @@ def build_model(swept: Artefact, instance: SDPointInstance) -> onnx.ModelProto:
 
 
 def _write_weights(swept, path) -> dict[str, tuple[int, int]]:
-    """Writes the parameters one after the other; returns where each is, its offset and length in bytes, by name."""
-    places = {}
+    """Writes the shared parameters one after the other; returns the offset and length of each in bytes, by name."""
+    places, shared = {}, traverse_util.flatten_dict(params_for(swept.params, FULL_RESOLUTION), sep="/")
     with path.open("wb") as file:
-        for name, array in sorted(traverse_util.flatten_dict(swept.params, sep="/").items()):
+        for name, array in sorted(shared.items()):
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             content = channels_first(array).tobytes()
             places[name] = file.tell(), len(content)

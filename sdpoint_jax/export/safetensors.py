@@ -19,6 +19,7 @@ from sdpoint_jax.export.layout import channels_first
 from sdpoint_jax.instance import STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.blocks import NORM_EPSILON
+from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import ARCHITECTURES, architecture, create_model
 from sdpoint_jax.models.torch_import import torch_tensors
 from sdpoint_jax.storage.artefact import Artefact
@@ -66,7 +67,7 @@ def state_dict(swept: Artefact, instance: SDPointInstance, *, fold: bool = False
     """
     model = create_model(swept.model, swept.num_classes)
     names = {tensor.path: name for name, tensor in torch_tensors(model, swept.image_shape[-1]).items()}
-    variables = {"params": swept.params, "batch_stats": swept.batch_stats[instance]}
+    variables = {"params": params_for(swept.params, instance), "batch_stats": swept.batch_stats[instance]}
     arrays = traverse_util.flatten_dict(variables)
     tensors = {names[path]: channels_first(array) for path, array in arrays.items()}
     for convolution, norm in _followed_by_norms(model.architecture) if fold else ():

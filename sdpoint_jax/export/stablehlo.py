@@ -14,8 +14,9 @@ import jax.export
 import numpy as np
 from flax import traverse_util
 
-from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.models.norm_parameters import own_params, params_for
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.programs.devices import shapes_of
 from sdpoint_jax.programs.inference import classify
@@ -29,7 +30,7 @@ LOADER = "load.py"
 def write(
     swept: Artefact, instances: Sequence[SDPointInstance], folder: pathlib.Path
 ) -> dict[SDPointInstance, dict[str, str]]:
-    """Writes the parameters once, a program and statistics for each instance, and the loader.
+    """Writes the shared parameters once, a program and statistics for each instance, and the loader.
 
     Args:
         swept: the artefact.
@@ -37,15 +38,19 @@ def write(
         folder: to write to.
 
     Returns:
-        for each instance, what its files are (`stablehlo` and `statistics`) and their names.
+        for each instance, what its files are (`stablehlo`, `statistics`, and `params` where it has scales and shifts of
+        its own) and their names.
     """
-    np.savez(folder / PARAMS, **_flat(swept.params))
+    np.savez(folder / PARAMS, **_flat(params_for(swept.params, FULL_RESOLUTION)))
     (folder / LOADER).write_bytes(pathlib.Path(__file__).with_name(LOADER).read_bytes())
     files = {}
     for instance in instances:
         names = {"stablehlo": f"{instance.name}.stablehlo", "statistics": f"{instance.name}.npz"}
         (folder / names["stablehlo"]).write_bytes(export_program(swept, instance).serialize())
         np.savez(folder / names["statistics"], **_flat(swept.batch_stats[instance]))
+        if own := _flat(own_params(swept.params, instance)):
+            names["params"] = f"{instance.name}.{PARAMS}"
+            np.savez(folder / names["params"], **own)
         files[instance] = names
     return files
 
@@ -72,7 +77,7 @@ def export_program(
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *swept.image_shape), np.uint8)
-    variables = (shapes_of(_flat(tree)) for tree in (swept.params, swept.batch_stats[instance]))
+    variables = (shapes_of(_flat(tree)) for tree in (params_for(swept.params, instance), swept.batch_stats[instance]))
     with _no_source_locations():
         return jax.export.export(jax.jit(program), platforms=platforms)(*variables, images)
 

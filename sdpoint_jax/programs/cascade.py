@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import Switch, on_device, shapes_of
 
@@ -152,7 +153,7 @@ class CascadePrograms:
             stages: in order of depth, so that each goes on from the prefix of the one before.
             decide: see `Decide`; called after each stage, also the last, with the images that have come so far. It is
                 not asked who goes on after the last.
-            params: of the net, on the device.
+            params: of the net, and of single instances, on the device; see `models.norm_parameters`.
             batch_stats: of each stage, on the device; of one re-estimation, so that they are the same before a point.
             images: uint8 [B, H, W, C].
             batch_sizes: at which the programs run. A batch is padded to the next of them, and split by the largest.
@@ -192,7 +193,7 @@ class CascadePrograms:
     def _run_stage(self, stages, starts, params, batch_stats, stage, x):
         """Returns a stage's logits and the activation for the next one, None after the last."""
         key = self._stage_key(stages, starts, stage, len(x))
-        output = self._programs[key](params, batch_stats[key.instance], x)
+        output = self._programs[key](params_for(params, key.instance), batch_stats[key.instance], x)
         return output if key.keeps else (output, None)
 
     def _regroup(self, point, x, rows, size):

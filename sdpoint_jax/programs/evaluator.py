@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import (
     AXIS,
@@ -135,7 +136,7 @@ class Evaluator:
         layer's input are pooled over batches, devices and hosts (the authors keep a running average instead).
 
         Args:
-            params: of the net.
+            params: of the net, and of single instances; see `models.norm_parameters`.
             batches: host batches with `images` [b, H, W, C] uint8, all of the same size.
 
         Returns:
@@ -144,7 +145,7 @@ class Evaluator:
         Raises:
             ValueError: no batches.
         """
-        params = replicate(params)
+        params = self._place_params(params)
         moments = {part: replicate(jax.tree.map(_zeros, self._statistics_shapes[part])) for part in self._parts}
         count = 0
         for batch in prefetch({"images": batch["images"]} for batch in batches):
@@ -152,12 +153,10 @@ class Evaluator:
             share = np.float32(1 / count)
             x, done = batch["images"], list(moments.values())
             for point in self._points:
-                moments[point], x = self._programs[_REESTIMATE, point](
-                    self._of(point, params), moments[point], share, x
-                )
+                moments[point], x = self._programs[_REESTIMATE, point](params[point], moments[point], share, x)
                 for instance in filter(self._is_reestimated, self._suffixes.get(point, ())):
                     moments[instance] = self._programs[_REESTIMATE, instance](
-                        self._of(instance, params), moments[instance], share, x
+                        params[instance], moments[instance], share, x
                     )
             jax.block_until_ready(done)  # Stay at most one batch ahead of the devices.
         if not count:
@@ -174,7 +173,7 @@ class Evaluator:
         """Computes the metrics of each instance with its own statistics.
 
         Args:
-            params: of the net.
+            params: of the net, and of single instances; see `models.norm_parameters`.
             statistics: `batch_stats` of each instance; for the layers before its point the same for all instances, as
                 `reestimate` returns them.
             batches: host batches with `images` [b, H, W, C] uint8, `labels` [b] and `mask` [b], 1 for examples and
@@ -193,7 +192,7 @@ class Evaluator:
             done = list(sums.values())
             for instance, x in self._activations(params, statistics, batch["images"]):
                 sums[instance] = self._programs[_EVALUATE, instance](
-                    self._of(instance, params),
+                    params[instance],
                     statistics[instance],
                     sums[instance],
                     x,
@@ -213,7 +212,7 @@ class Evaluator:
         """Computes the logits of each instance with its own statistics; on a single host only.
 
         Args:
-            params: of the net.
+            params: of the net, and of single instances; see `models.norm_parameters`.
             statistics: see `evaluate`.
             batches: see `evaluate`.
             instances: some of the evaluator's; all by default.
@@ -228,7 +227,7 @@ class Evaluator:
         params, statistics = self._place(params, statistics)
         for batch in prefetch(batches):
             found = {
-                instance: self._programs[_CLASSIFY, instance](self._of(instance, params), statistics[instance], x)
+                instance: self._programs[_CLASSIFY, instance](params[instance], statistics[instance], x)
                 for instance, x in self._activations(params, statistics, batch["images"])
                 if instance in wanted
             }
@@ -238,18 +237,24 @@ class Evaluator:
             yield logits, labels[used]
 
     def _place(self, params, statistics):
-        """Puts parameters, and the statistics of each part, on the devices; checks the statistics."""
+        """Puts the parameters and the statistics of each part on the devices; checks the statistics."""
         if missing := [instance.name for instance in self._instances if instance not in statistics]:
             raise ValueError(f"no re-estimated statistics for {', '.join(missing)}")
         deepest = self._suffixes[self._points[-1]][0]
         self._check_shared(statistics, deepest)
         by_part = {point: statistics[deepest] for point in self._points} | dict(statistics)
-        return replicate(params), {part: replicate(self._of(part, by_part[part])) for part in self._parts}
+        return self._place_params(params), {part: replicate(self._of(part, by_part[part])) for part in self._parts}
+
+    def _place_params(self, params):
+        """Puts parameters on the devices; returns those of each part, which share what is shared."""
+        params = replicate(params)
+        used = {part: part if isinstance(part, SDPointInstance) else FULL_RESOLUTION for part in self._parts}
+        return {part: self._of(part, params_for(params, instance)) for part, instance in used.items()}
 
     def _activations(self, params, statistics, x):
         """Walks the prefix once; yields each instance with the activation at its point."""
         for point in self._points:
-            x = self._programs[_EVALUATE, point](self._of(point, params), statistics[point], x)
+            x = self._programs[_EVALUATE, point](params[point], statistics[point], x)
             for instance in self._suffixes.get(point, ()):
                 yield instance, x
 

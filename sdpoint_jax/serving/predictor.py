@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models.cascade import Cascade, CascadeRow, select_cascade
 from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.programs.cascade import CascadePrograms
 from sdpoint_jax.programs.inference import InferencePrograms
@@ -303,7 +304,9 @@ class _Replica:
 
     def program(self, instance, batch_size):
         """Returns the program of (instance, batch size), bound to parameters and statistics."""
-        return functools.partial(self.programs[instance, batch_size], self._params, self._batch_stats[instance])
+        return functools.partial(
+            self.programs[instance, batch_size], params_for(self._params, instance), self._batch_stats[instance]
+        )
 
     def run_cascade(self, cascade, images, sizes):
         """Returns logits and stages of uint8 images."""

@@ -43,7 +43,7 @@ class Artefact:
     """What a sweep leaves to deploy.
 
     Attributes:
-        params: of the net, nested dicts of arrays.
+        params: of the net, and of single instances, nested dicts of arrays; see `models.norm_parameters`.
         batch_stats: by instance: its re-estimated statistics.
         rows: the table, a row per instance.
         model: name of the net, for `create_model`.

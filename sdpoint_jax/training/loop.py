@@ -64,6 +64,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
         with programs.compile_behind(plan.sets_by_first_use(start_step), config.compile_workers) as compilation:
             run = restored or restore.create(plan)
             if run.step < plan.total_steps:
+                progress.say(plan.describe_parameters(run.train))
                 progress.say(plan.describe_cost())
             run.train = replicate(run.train)
             if is_main_host():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.resnet import ResNet
 
 
@@ -39,20 +40,22 @@ def forward_set(
 
     Args:
         model: the net.
-        params: of the net.
+        params: of the net, and of single instances; see `models.norm_parameters`.
         x: the net's input [B, H, W, C].
         instances: those of the net to run.
 
     Returns:
         logits [B, K] by instance, in the order of `instances`.
     """
-    run = functools.partial(model.apply, {"params": params}, train=True, mutable=["batch_stats"])
+    run = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    shared = {"params": params_for(params, FULL_RESOLUTION)}
     by_point = sorted(instances, key=model.last_shared_point)
-    (x, _), start, logits = run(x, STEM, method="prefix"), STEM, {}
+    (x, _), start, logits = run(shared, x, STEM, method="prefix"), STEM, {}
     for point, group in itertools.groupby(by_point, key=model.last_shared_point):
-        (x, _), start = run(x, start, point, method="between"), point
+        (x, _), start = run(shared, x, start, point, method="between"), point
         for instance in group:
-            logits[instance], _ = run(x, point, instance=instance, method="suffix")
+            own = {"params": params_for(params, instance)}
+            logits[instance], _ = run(own, x, point, instance=instance, method="suffix")
     return {instance: logits[instance] for instance in instances}
 
 

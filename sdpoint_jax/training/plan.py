@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from sdpoint_jax.experiment import Experiment, parse_instances
@@ -16,6 +17,7 @@ from sdpoint_jax.instance import (
     sample_set,
     set_name,
 )
+from sdpoint_jax.models.norm_parameters import PER_INSTANCE, params_for
 from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
 from sdpoint_jax.training.mixing import Mixing
@@ -45,6 +47,7 @@ class Plan:
         experiment: the net and its data.
         sets: the sets of instances that its steps train.
         validation_instances: those that are evaluated during training.
+        own_norms: those that have scales and shifts of BatchNorm of their own.
         teacher: see `load_teacher`; None without one.
         total_steps: of the run.
         validate_every: steps.
@@ -67,6 +70,7 @@ class Plan:
         self._mixing = _mixing(config, self.experiment, local_batch)
         self.sets = list_sets(self.experiment.instances, config.instances_per_step, self._always)
         _check_weights(config, self.experiment.instances, self._always)
+        self.own_norms = self.experiment.instances if config.model.norm_parameters == "per_instance" else ()
         self.teacher = load_teacher(self.experiment) if config.teacher else None
         self.validation_instances = _validation_instances(config, self.experiment)
         steps_per_epoch = images / config.batch_size
@@ -83,12 +87,18 @@ class Plan:
             self.config.seed,
             self.experiment.image_shape,
             ema=self.config.ema_decay > 0,
+            own_norms=self.own_norms,
         )
 
     def shapes_of_state(self) -> TrainState:
         """Returns the shapes of what `create_state` makes."""
-        ema = self.config.ema_decay > 0
-        return shapes_of_state(self.experiment.model, self._optimizer, self.experiment.image_shape, ema=ema)
+        return shapes_of_state(
+            self.experiment.model,
+            self._optimizer,
+            self.experiment.image_shape,
+            ema=self.config.ema_decay > 0,
+            own_norms=self.own_norms,
+        )
 
     def training_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields this host's share of the training batches from `start_step` on, and how their images are mixed."""
@@ -182,6 +192,14 @@ class Plan:
         if self.config.instances_per_step > 1:
             text += f"; {self.config.instances_per_step} instances one by one would take {separate:.4f}"
         return text
+
+    def describe_parameters(self, state: TrainState) -> str:
+        """Says how many parameters `state` has."""
+        shared, own = params_for(state.params, FULL_RESOLUTION), state.params.get(PER_INSTANCE, {})
+        text = f"{optax.tree.size(shared):,} parameters, shared by all instances"
+        if not own:
+            return text
+        return f"{text}; beside them {optax.tree.size(own):,} scales and shifts of single ones, {len(own)} of them"
 
     def describe(self, step: int) -> str:
         """Says what goes into a step, for messages."""

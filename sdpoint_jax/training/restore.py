@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sdpoint_jax.config import differences, from_dict, to_dict
 from sdpoint_jax.experiment import Experiment
+from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.programs.evaluator import Metrics
 from sdpoint_jax.storage import checkpoint, files
 from sdpoint_jax.training.plan import Plan
@@ -132,7 +133,8 @@ def create(plan: Plan) -> RunState:
     """
     state = plan.create_state()
     if plan.config.init_from:
-        params = _initial_params(plan.experiment, state.params)
+        params = with_own_norms(plan.experiment.model, _initial_params(plan.experiment, state.params), plan.own_norms)
+        params = jax.tree.map(np.copy, params)  # Instances' own begin as the shared ones, apart from them in memory.
         state = state.replace(params=params, ema=state.ema and jax.tree.map(np.copy, params))
     return RunState(state)
 

@@ -13,6 +13,7 @@ import optax
 
 from sdpoint_jax.instance import SDPointInstance, set_name
 from sdpoint_jax.models import target
+from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import (
     AXIS,
@@ -40,7 +41,7 @@ class TrainState:
 
     Attributes:
         step: number of the next step, int32 scalar.
-        params: float32 parameters of the net.
+        params: float32 parameters of the net, and of single instances; see `models.norm_parameters`.
         opt_state: of the optimiser.
         ema: exponential moving average of the parameters; None without one.
     """
@@ -82,6 +83,7 @@ def create_state(
     image_shape: tuple[int, int, int],
     *,
     ema: bool = False,
+    own_norms: Sequence[SDPointInstance] = (),
 ) -> TrainState:
     """Makes the state before step 0, on the host.
 
@@ -91,22 +93,32 @@ def create_state(
         seed: of the parameters.
         image_shape: (H, W, C).
         ema: whether to keep an average of the parameters, which begins with them.
+        own_norms: instances that have scales and shifts of their own; see `models.norm_parameters`.
     """
-    init, key = jax.jit(functools.partial(_init, model, optimizer, image_shape)), jax.random.key(seed)
+    init = jax.jit(functools.partial(_init, model, optimizer, image_shape, own_norms))
+    key = jax.random.key(seed)
     state = jax.device_get(init.lower(key).compile(quick_compiler_options())(key))
+    if own_norms:  # They may be the shared arrays, and a step writes its state where that of the one before was.
+        state = jax.tree.map(np.copy, state)
     return state.replace(ema=jax.tree.map(np.copy, state.params)) if ema else state
 
 
 def shapes_of_state(
-    model: ResNet, optimizer: optax.GradientTransformation, image_shape: tuple[int, int, int], *, ema: bool = False
+    model: ResNet,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    *,
+    ema: bool = False,
+    own_norms: Sequence[SDPointInstance] = (),
 ) -> TrainState:
     """Returns the shapes of what `create_state` makes, by the same arguments."""
-    state = jax.eval_shape(functools.partial(_init, model, optimizer, image_shape), jax.random.key(0))
+    state = jax.eval_shape(functools.partial(_init, model, optimizer, image_shape, own_norms), jax.random.key(0))
     return state.replace(ema=state.params) if ema else state
 
 
-def _init(model, optimizer, image_shape, key):
+def _init(model, optimizer, image_shape, own_norms, key):
     params = model.init(key, jnp.zeros((1, *image_shape)), train=False)["params"]
+    params = with_own_norms(model, params, own_norms)
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 

@@ -10,6 +10,7 @@ from sdpoint_jax import progress
 from sdpoint_jax.config import upgrade
 from sdpoint_jax.experiment import Experiment, check_variables
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.evaluator import Evaluator
@@ -25,7 +26,7 @@ class Teacher:
     Attributes:
         name: of the net, for messages.
         model: the net.
-        params: its parameters, on the host.
+        params: its parameters at full resolution, on the host.
         batch_stats: its own statistics at full resolution; None where it has none, as the checkpoint of a run.
     """
 
@@ -59,12 +60,13 @@ def load_teacher(experiment: Experiment) -> Teacher:
         raise ValueError(f"{where}: a net of {classes} classes; {experiment.dataset.name} has {wanted}")
     model = create_model(name, classes, dtype=experiment.config.model.dtype)
     check_variables(model, name, experiment, arrays["params"], where)
+    params = params_for(arrays["params"], FULL_RESOLUTION)
     statistics = arrays.get("batch_stats")
     if statistics and FULL_RESOLUTION.name in statistics:  # An artefact's, by instance.
         statistics = statistics[FULL_RESOLUTION.name]
     if statistics is not None:
         check_variables(model, name, experiment, statistics, where, kind="batch_stats")
-    return Teacher(name, model, arrays["params"], statistics)
+    return Teacher(name, model, params, statistics)
 
 
 def _name_of(record, where):

@@ -19,11 +19,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from sdpoint_jax.config import default_config
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
+from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.profiling.macs import list_layers
 from sdpoint_jax.programs.devices import Switch
@@ -238,6 +240,8 @@ def with_everything(teacher):
         checkpoint_every_steps=4,
     )
     config.model.cross_device_norm = config.model.remat = True
+    config.model.norm_parameters = "per_instance"
+    config.dataset.augmentation = "shift+trivial_augment+random_erasing:0.25"
     return config
 
 
@@ -326,6 +330,45 @@ def test_parameters_can_come_from_another_run(finished, tmp_path):
     training.train(config, tmp_path)
     ours, theirs = (checkpoint.newest(path / "checkpoints")[1]["params"] for path in (tmp_path, finished[0]))
     chex.assert_trees_all_close(ours, theirs, atol=1e-6)
+
+
+def own_norms(**values):
+    config = tiny.config(num_epochs=0.05, learning_rate=1e-9, weight_decay=0.0, **values)
+    config.model.norm_parameters = "per_instance"
+    return config
+
+
+def test_scales_and_shifts_of_instances_begin_as_those_of_the_net_that_is_trained_on(finished, tmp_path, capsys):
+    training.train(own_norms(init_from=str(finished[0])), tmp_path / "own")
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1]["params"] for path in (tmp_path / "own", finished[0]))
+    own = ours.pop("per_instance")
+    chex.assert_trees_all_close(ours, theirs, atol=1e-6)
+    assert set(own) == {"p01_r0.50", "p02_r0.75"}
+    count = 0
+    for path, array in flatten_dict(own).items():
+        np.testing.assert_allclose(array, flatten_dict(theirs)[path[1:]], atol=1e-6)
+        count += array.size
+    printed = capsys.readouterr().out
+    assert f"parameters, shared by all instances; beside them {count} scales and shifts of single ones, 2" in printed
+    # A net that shares them all begins with the shared ones; full resolution, which teaches, has no others.
+    shared = dict(init_from=str(tmp_path / "own"), teacher=str(tmp_path / "own"), distillation=0.5)
+    training.train(tiny.config(num_epochs=0.05, learning_rate=1e-9, weight_decay=0.0, **shared), tmp_path / "shared")
+    chex.assert_trees_all_close(checkpoint.newest(tmp_path / "shared" / "checkpoints")[1]["params"], theirs, atol=1e-6)
+
+
+def test_scales_and_shifts_that_instances_have_are_trained_on(finished, tmp_path):
+    _, arrays, record = checkpoint.newest(finished[0] / "checkpoints")
+    params = with_own_norms(tiny.net(), arrays["params"], [SDPointInstance(1, 0.5)])
+    params["per_instance"] = jax.tree.map(lambda x: x + 1, params["per_instance"])
+    checkpoint.save(tmp_path / "source", {"params": params}, record)
+    training.train(own_norms(init_from=str(tmp_path / "source")), tmp_path / "own")
+    found = checkpoint.newest(tmp_path / "own" / "checkpoints")[1]["params"]["per_instance"]
+    chex.assert_trees_all_close(found["p01_r0.50"], params["per_instance"]["p01_r0.50"], atol=1e-6)
+    chex.assert_trees_all_close(found["p02_r0.75"]["head"]["norm"], arrays["params"]["head"]["norm"], atol=1e-6)
+    del params["per_instance"]["p01_r0.50"]["head"]
+    checkpoint.save(tmp_path / "source", {"params": params}, record)
+    with pytest.raises(ValueError, match=r"does not fit wrn10_1 .*: per_instance/p01_r0.50/head/norm/bias None, needs"):
+        training.train(own_norms(init_from=str(tmp_path / "source")), tmp_path / "other")
 
 
 def test_parameters_that_do_not_fit_are_named(finished, tmp_path):

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
+from sdpoint_jax.models.norm_parameters import params_for, with_own_norms
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs import devices
 from sdpoint_jax.training import step as steps
@@ -45,7 +47,9 @@ def losses_one_by_one(model, params, images, labels, instances, distillation, te
     """The same mean loss, written from its definition: each instance whole, by itself."""
 
     def logits(instance):
-        return model.apply({"params": params}, images, instance=instance, train=True, mutable=["batch_stats"])[0]
+        return model.apply(
+            {"params": params_for(params, instance)}, images, instance=instance, train=True, mutable=["batch_stats"]
+        )[0]
 
     total = 0.0
     for instance in instances:
@@ -76,10 +80,11 @@ def one_by_one(model, distillation, dtype):
     )
 
 
-def errors(kind, taught, count, dtype, microbatches=1, part=4, **settings):
+def errors(kind, taught, count, dtype, microbatches=1, part=4, own_norms=False, **settings):
     """The largest differences of loss and gradients to those one by one, each relative to the largest value.
 
-    On `count` devices, each with so many parts of `part` images.
+    On `count` devices, each with so many parts of `part` images. With `own_norms`, instances have scales and shifts of
+    their own, which differ.
     """
     model = net(kind, dtype=dtype)
     size, rng = 32 if model.has_stem_point else 8, np.random.RandomState(0)
@@ -87,6 +92,12 @@ def errors(kind, taught, count, dtype, microbatches=1, part=4, **settings):
     labels = rng.randint(0, 10, images.shape[:2]).astype(np.int32)
     variables = jax.tree.map(lambda x: np.asarray(x, dtype), tiny_variables(model, size))
     teacher = jax.tree.map(lambda x: x + rng.uniform(0, 0.1, x.shape).astype(dtype), variables)
+    params = variables["params"]
+    if own_norms:
+        params = with_own_norms(model, params, set_of(model))
+        params["per_instance"] = jax.tree.map(
+            lambda x: x + rng.uniform(0, 0.5, x.shape).astype(dtype), params["per_instance"]
+        )
     distillation = Distillation(0.7, 2.0, model) if taught == "teacher" else DISTILLATIONS[taught]
     step = functools.partial(
         steps.gradient_step,
@@ -100,10 +111,10 @@ def errors(kind, taught, count, dtype, microbatches=1, part=4, **settings):
         step, devices.AXIS, in_axes=(None, 0, 0, None), out_axes=(None, None), devices=jax.devices()[:count]
     )
     batch, given = {"images": images, "labels": labels}, teacher if taught == "teacher" else None
-    grads, metrics = jax.device_get(together(variables["params"], np.zeros((count, 1), np.int32), batch, given))
+    grads, metrics = jax.device_get(together(params, np.zeros((count, 1), np.int32), batch, given))
     apart = one_by_one(model, distillation, dtype)
     batches = zip(images.reshape(-1, part, size, size, 1), labels.reshape(-1, part))
-    found = [jax.device_get(apart(variables["params"], teacher, *batch)) for batch in batches]
+    found = [jax.device_get(apart(params, teacher, *batch)) for batch in batches]
     loss, expected = jax.tree.map(lambda *values: np.mean(values, axis=0), *found)
 
     each = metrics["instances"]
@@ -125,6 +136,30 @@ def test_a_step_of_a_set_has_the_losses_and_gradients_of_its_instances_one_by_on
     with jax.enable_x64(True):
         loss, gradient = errors(kind, taught, count, np.float64)
     assert loss <= 1e-10 and gradient <= 1e-10
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_so_it_has_where_instances_have_scales_and_shifts_of_their_own(kind):
+    with jax.enable_x64(True):
+        loss, gradient = errors(kind, "in place", 8, np.float64, own_norms=True)
+    assert loss <= 1e-10 and gradient <= 1e-10
+
+
+def test_an_instance_moves_its_own_scales_and_shifts_and_no_others_after_its_point():
+    model = net("PreResNet")
+    first, second = SDPointInstance(1, 0.5), SDPointInstance(2, 0.5)
+    params = with_own_norms(model, tiny_variables(model, 8)["params"], [first, second])
+    x = np.random.RandomState(0).standard_normal((4, 8, 8, 1)).astype(np.float32)
+
+    def loss(params):
+        return (forward_set(model, params, x, [first])[first] ** 2).sum()
+
+    grads = jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK_TO_COMPILE)(params))
+    moved = {path: np.abs(grad).max() > 0 for path, grad in flatten_dict(grads, sep="/").items()}
+    own = {path for path in moved if path.startswith("per_instance/p01_r0.50/")}
+    shared_norms = {path.removeprefix("per_instance/p01_r0.50/") for path in own}
+    not_moved = {path for path, has in moved.items() if not has}
+    assert not_moved == shared_norms | {path for path in moved if path.startswith("per_instance/p02")} and own
 
 
 @pytest.mark.parametrize("kind", NETS)
