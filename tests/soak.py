@@ -1,6 +1,7 @@
 """Kills training runs at random moments and checks that each ends as a run that nobody touched, to the bit.
 
     python tests/soak.py --kills=60
+    python tests/soak.py --kills=60 --everything  # With every setting of training that is not the paper's.
 
 A run of a few hundred tiny steps is started, killed (SIGKILL) and started again with the same command, until it is
 through; then a new run begins, until there were as many kills as asked for. The parameters, the optimiser state and
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import everything
 import numpy as np
 from flax import traverse_util
 
@@ -43,8 +45,7 @@ SETTINGS = {
 
 def command(workdir: pathlib.Path, settings) -> list[str]:
     """That starts the run in `workdir`, or goes on with it."""
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    return [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *flags]
+    return [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *everything.as_flags(settings)]
 
 
 def start(workdir: pathlib.Path, settings) -> subprocess.Popen:
@@ -156,12 +157,14 @@ def main():
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, help="for the runs, kept; by default a temporary one")
+    parser.add_argument("--everything", action="store_true", help="every setting of tests/everything.py")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        total = soak(folder, options.kills, options.seed)
+        settings = everything.SETTINGS | {"num_epochs": 4.0} if options.everything else None
+        total = soak(folder, options.kills, options.seed, settings)
     for doing, count in total.most_common():
         print(f"{count:>4} while {doing}")
     print(f"{total.total()} kills; every run ended as the uninterrupted one: same bits, same log")

@@ -6,8 +6,10 @@ import sys
 import time
 
 import chex
+import everything
 import processes
 import pytest
+import tiny
 
 from sdpoint_jax.storage import checkpoint
 
@@ -66,22 +68,16 @@ def test_a_process_that_dies_ends_the_others(tmp_path, dies):
     started[dies].communicate()
 
 
-MORE_SETTINGS = (
-    "--config.instances=full,p01_r0.50,p02_r0.75,p03_r0.50",
-    "--config.instances_per_step=3",
-    "--config.distillation=0.5",
-    "--config.sampling=cost",
-    "--config.sampling_powers=-2.0,2.0",
-    "--config.mixup=0.2",
-    "--config.cutmix=1.0",
-    "--config.ema_decay=0.9",
-    "--config.validate_ema=True",
-)
+def flags_of_everything(folder):
+    """With every setting on, and an untrained net with statistics of its own as the teacher."""
+    checkpoint.save(folder / "teacher", tiny.variables(tiny.net()), {"model": {"name": "wrn10_1"}, "format": 2})
+    return everything.flags(folder / "teacher", batch_size=40, num_epochs=1.0, checkpoint_every_steps=5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), MORE_SETTINGS], ids=["paper", "more"])
-def test_two_processes_train_as_one_and_stop_together(tmp_path, flags):
+@pytest.mark.parametrize("settings", ["paper", "everything"])
+def test_two_processes_train_as_one_and_stop_together(tmp_path, settings):
+    flags = flags_of_everything(tmp_path) if settings == "everything" else ()
     one, two = tmp_path / "one", tmp_path / "two"
     alone = start(one, 1, 4, *flags)
     processes.finish(alone)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import chex
 import commands
+import everything
 import jax
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.training import logs, plan, replay
 from sdpoint_jax.training import loop as training
 
+ROOT = pathlib.Path(__file__).parents[2]
 TOTAL_STEPS = 30  # round(1197 / 40)
 
 
@@ -216,52 +218,87 @@ def test_programs_are_listed_by_their_first_use_and_those_of_no_step_not_at_all(
     assert endless.sets_by_first_use(3)[2:] == (endless.sets[1],)
 
 
-def with_everything(teacher):
-    """A config in which every setting differs from the paper's recipe."""
-    config = tiny.config(
-        instances="full,p01_r0.50,p02_r0.75,p03_r0.50",
-        instances_per_step=3,
-        distillation=0.5,
-        distillation_temperature=2.0,
-        teacher=str(teacher),
-        sampling="cost",
-        sampling_powers=(-3.0, 3.0),
-        optimizer="lamb",
-        weight_decay_on="kernels",
-        learning_rate=0.01,
-        mixup=0.2,
-        cutmix=1.0,
-        ema_decay=0.9,
-        validate_ema=True,
-        clip_norm=1.0,
-        label_smoothing=0.1,
-        batch_size=32,
-        num_epochs=0.5,
-        checkpoint_every_steps=4,
-    )
-    config.model.cross_device_norm = config.model.remat = True
-    config.model.norm_parameters = "per_instance"
-    config.dataset.augmentation = "shift+trivial_augment+random_erasing:0.25"
-    return config
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A net with statistics of its own, as imported weights have them."""
+    path = tmp_path_factory.mktemp("teacher") / "imported"
+    checkpoint.save(path, tiny.variables(tiny.net()), {"model": {"name": "wrn10_1"}, "format": 2})
+    return path
 
 
-def test_a_stopped_run_with_every_setting_ends_as_an_uninterrupted_one(finished, tmp_path):
-    config = with_everything(finished[0])
-    results = training.train(config, tmp_path / "whole")
-    StopAfter(tmp_path / "stopped", 4).start()
-    with pytest.raises(training.Interrupted):
-        training.train(config, tmp_path / "stopped")
-    assert training.train(config, tmp_path / "stopped") == results
-    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
+@pytest.fixture(scope="module")
+def finished_with_everything(teacher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("everything")
+    return workdir, training.train(everything.config(teacher), workdir)
+
+
+def check_same_run(workdir, whole):
+    logs = [(path / "metrics.jsonl").read_bytes() for path in (workdir, whole)]
     assert logs[0] == logs[1]
-    arrays, others = (checkpoint.newest(tmp_path / name / "checkpoints")[1] for name in ("whole", "stopped"))
-    chex.assert_trees_all_equal(arrays, others)
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (workdir, whole))
+    chex.assert_trees_all_equal(ours, theirs)
+
+
+def test_a_stopped_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, finished_with_everything, tmp_path):
+    whole, results = finished_with_everything
+    config = everything.config(teacher)
+    StopAfter(tmp_path, 4).start()
+    with pytest.raises(training.Interrupted):
+        training.train(config, tmp_path)
+    assert training.train(config, tmp_path) == results
+    check_same_run(tmp_path, whole)
+
+
+def test_what_is_trained_with_every_setting_is_swept(finished_with_everything):
+    workdir, _ = finished_with_everything
+    arrays = checkpoint.newest(workdir / "checkpoints")[1]
+    assert set(arrays["params"]["per_instance"]) == {"p01_r0.50", "p02_r0.75", "p03_r0.50"}
     different = jax.tree.map(lambda a, b: np.any(a != b), arrays["params"], arrays["ema"])
     assert all(jax.tree.leaves(different))
-    commands.run("evaluate", f"--workdir={tmp_path / 'whole'}", "--parameters=ema", "--instances=full")
-    (row,) = artefact.load(tmp_path / "whole" / "sweep" / "artefact").rows
-    assert 0 <= row.top1 <= 1
-    chex.assert_trees_all_equal(artefact.load(tmp_path / "whole" / "sweep" / "artefact").params, arrays["ema"])
+    commands.run("evaluate", f"--workdir={workdir}", "--parameters=ema", "--instances=full,p01_r0.50")
+    swept = artefact.load(workdir / "sweep" / "artefact")
+    assert [row.name for row in swept.rows] == ["full", "p01_r0.50"]
+    chex.assert_trees_all_equal(swept.params, arrays["ema"])
+
+
+def start_with_everything(teacher, workdir, devices):
+    """Starts the run with every setting in a process of so many devices."""
+    script = (
+        "import sys, everything; from sdpoint_jax.training.loop import train; "
+        "train(everything.config(sys.argv[1]), sys.argv[2])"
+    )
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests"))
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-c", script, str(teacher), str(workdir)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, finished_with_everything, tmp_path):
+    whole, results = finished_with_everything
+    process = start_with_everything(teacher, tmp_path, devices=8)
+    while not (tmp_path / "checkpoints" / "4").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+    assert checkpoint.list_steps(tmp_path / "checkpoints")[-1] < everything.TOTAL_STEPS
+    assert training.train(everything.config(teacher), tmp_path) == results
+    check_same_run(tmp_path, whole)
+
+
+def test_one_device_trains_with_every_setting_as_eight_do(teacher, finished_with_everything, tmp_path):
+    process = start_with_everything(teacher, tmp_path, devices=1)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    one, eight = ([row for row in rows(path) if "loss" in row] for path in (tmp_path, finished_with_everything[0]))
+    assert [row["instance"] for row in one] == [row["instance"] for row in eight]
+    np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in eight], rtol=1e-6)
+    ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, finished_with_everything[0]))
+    chex.assert_trees_all_close(ours["ema"], theirs["ema"], atol=1e-5, rtol=0)
+    chex.assert_trees_all_close(ours["params"], theirs["params"], atol=1e-5, rtol=0)
 
 
 def test_draws_by_cost_go_from_cheap_to_full():
@@ -320,7 +357,8 @@ def test_a_teacher_can_be_a_run_or_imported_weights_of_another_net(finished, tmp
     first = rows(tmp_path / "run")[0]["loss"]
     training.train(tiny.config(num_epochs=0.1, learning_rate=0.03), tmp_path / "labels")
     assert first != rows(tmp_path / "labels")[0]["loss"]
-    variables = plan.Plan(config).teacher.variables(Experiment(config))
+    variables, again = (plan.Plan(config).teacher.variables(Experiment(config)) for _ in range(2))
+    chex.assert_trees_all_equal(variables, again)
     has = {"stem", "block_01", "block_02", "block_03", "head"} - {"stem"}
     assert set(variables["batch_stats"]) == has  # Its stem, of a pre-activation net, has no BatchNorm.
 
