@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ray
 import ray.data
 
 from sdpoint_jax.serving import ray_cluster
@@ -37,8 +36,8 @@ def run_parts(
         workers: predictors, a process each; by default one per GPU or TPU chip of the cluster, or one per machine.
 
     Raises:
-        BadImageError: an image that cannot be used, where the plan says `error`; names it.
-        OSError: a file that cannot be opened, or a part that cannot be written.
+        ValueError: an image that cannot be used, where the plan says `error`, or a file that cannot be read or written;
+            names it.
     """
     kind, count = ray_cluster.count_devices()
     context = ray.data.DataContext.get_current()
@@ -52,11 +51,10 @@ def run_parts(
         num_gpus=1 if kind == "GPU" else None,
         **({"resources": {"TPU": 1}} if kind == "TPU" else {}),
     )
-    try:
-        for row in done.iter_rows():
-            yield row["count"]
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+    for row in done.iter_rows():
+        if row["error"]:
+            raise ValueError(row["error"])
+        yield row["count"]
 
 
 class _Worker:
@@ -72,11 +70,16 @@ class _Worker:
         self._predictor = Predictor.load(artefact)
         self._predictor.compile([plan.instance], [batch_size])
 
-    def __call__(self, part: dict[str, Any]) -> dict[str, int]:
-        """Classifies a part and writes it."""
+    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Classifies a part and writes it; what is wrong with it goes into the row, as Ray Data loses its own words."""
+        from sdpoint_jax.data.decode import BadImageError
         from sdpoint_jax.serving import offline
 
-        count = offline.run_part(
-            self._predictor, self._plan, part["number"], part["paths"], self._output, batch_size=self._batch_size
-        )
-        return {"count": count}
+        number, paths = part["number"], part["paths"]
+        try:
+            count = offline.run_part(
+                self._predictor, self._plan, number, paths, self._output, batch_size=self._batch_size
+            )
+        except (BadImageError, OSError) as error:
+            return {"count": 0, "error": str(error)}
+        return {"count": count, "error": ""}

@@ -125,7 +125,7 @@ def replicas(cluster):
 def test_an_answer_is_its_instances_own(running, served):
     cluster, _, address = running
     predictor, content = Predictor.load(served), services.encode(services.PICTURE)
-    for name in ("full", "p02_r0.75"):
+    for name in ("full", "p01_r0.50"):
         answer = httpx.post(f"{address}/predict?instance={name}", content=content).json()
         np.testing.assert_allclose(answer["logits"], predictor.predict([content], instance=name)[0], rtol=1e-4)
         assert answer["instance"] == name
@@ -193,10 +193,10 @@ def test_a_serve_config_starts_it_and_sets_the_budget_of_replicas(cluster, serve
         "route_prefix": "/",
         "import_path": "sdpoint_jax.serving.ray_serve:build_app",
         "args": {"artefact": str(served), "objective_ms": 2000, "batch_sizes": "1,4"},
-        "deployments": [{"name": "Service", "user_config": {"instances": ["p02_r0.75"]}}],
+        "deployments": [{"name": "Service", "user_config": {"instances": ["p01_r0.50"]}}],
     }
     command[-1].write_text(json.dumps({"http_options": {"port": port}, "applications": [application]}))
     with services.started(command, port, environment) as (_, address):
         assert httpx.get(f"{address}/instances").json()["batch_sizes"] == [1, 4]
         answer = httpx.post(f"{address}/predict", content=services.encode(services.PICTURE)).json()
-        assert answer["instance"] == "p02_r0.75"
+        assert answer["instance"] == "p01_r0.50"
