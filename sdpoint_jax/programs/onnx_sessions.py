@@ -1,0 +1,99 @@
+"""The other runtime: SDPoint instances in onnxruntime, on a CPU. Needs the extra: pip install 'sdpoint_jax[onnx]'.
+
+Imports neither onnx nor onnxruntime before the first session is opened.
+"""
+
+import importlib.util
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.storage.artefact import Artefact
+from sdpoint_jax.storage.device import count_threads
+
+LIBRARIES = ("onnx", "onnxruntime")
+
+
+def check_onnxruntime(dtype: str, devices: Sequence[jax.Device]) -> None:
+    """Checks that onnxruntime may take the place of XLA.
+
+    Args:
+        dtype: of the net's computation.
+        devices: that it is to run on.
+
+    Raises:
+        ImportError: it is not installed; names the extra.
+        ValueError: it would compute something else, or elsewhere.
+    """
+    if missing := [name for name in LIBRARIES if not importlib.util.find_spec(name)]:
+        raise ImportError(f"runtime onnxruntime: needs {' and '.join(missing)}, pip install 'sdpoint_jax[onnx]'")
+    if dtype != "float32":
+        raise ValueError(f"runtime onnxruntime: computes in float32, but the net in {dtype}; valid is xla")
+    if len(devices) > 1 or devices[0].platform != "cpu":
+        raise ValueError(f"runtime onnxruntime: runs on one CPU, not on {', '.join(map(str, devices))}; valid is xla")
+
+
+class OnnxSessions:
+    """Sessions of a net's instances: `sessions[instance](images)` gives logits for a batch of any size.
+
+    A session is opened on first use or ahead of time, once, and runs in as many threads as XLA's programs. All read the
+    parameters from one copy in memory; but each keeps its own in the order and with the folded statistics that make it
+    fast, and Python has no way to share these. Any number of threads may use the sessions.
+    """
+
+    def __init__(self, swept: Artefact):
+        """Takes the artefact; opens nothing yet."""
+        self._swept = swept
+        self._params: dict[str, tuple] = {}  # By name: the array, and the same as onnxruntime has it.
+        self._programs: dict[SDPointInstance, Callable[[ArrayLike], np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, instance: SDPointInstance) -> Callable[[ArrayLike], np.ndarray]:
+        """Returns what computes logits [B, K], float32, of uint8 images [B, H, W, C]; opens the session if needed."""
+        if instance not in self._programs:
+            self.open([instance])
+        return self._programs[instance]
+
+    def __contains__(self, instance: SDPointInstance) -> bool:
+        """Tells whether the session of `instance` is open."""
+        return instance in self._programs
+
+    def __iter__(self) -> Iterator[SDPointInstance]:
+        """Iterates over the instances whose sessions are open."""
+        return iter(tuple(self._programs))
+
+    def __len__(self) -> int:
+        """Counts the sessions that are open."""
+        return len(self._programs)
+
+    def open(self, instances: Iterable[SDPointInstance]) -> None:
+        """Opens the sessions of instances that are not open yet."""
+        for instance in instances:
+            with self._lock:
+                if instance not in self._programs:
+                    self._programs[instance] = self._open(instance)
+
+    def _open(self, instance):
+        import onnxruntime
+
+        from sdpoint_jax.programs.onnx_graph import build_model, lay_out, refer_to_file
+
+        if not self._params:
+            arrays = lay_out(self._swept.params)
+            self._params = {name: (a, onnxruntime.OrtValue.ortvalue_from_numpy(a)) for name, a in arrays.items()}
+        model = build_model(self._swept, instance)
+        # To a file that is none: the values that the session is given take its place.
+        refer_to_file(model, "params", {name: (0, array.nbytes) for name, (array, _) in self._params.items()})
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = count_threads()
+        options.add_external_initializers(list(self._params), [value for _, value in self._params.values()])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+        def run(images: ArrayLike) -> np.ndarray:
+            return session.run(["logits"], {"images": np.asarray(images)})[0]
+
+        return run
