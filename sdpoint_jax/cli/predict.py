@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance", help="the instance, by name, instead of a budget")
     parser.add_argument("--max-macs", type=float, help="the most MACs that one image may cost")
     parser.add_argument("--min-top1", type=float, help="the top-1 accuracy that is needed, in 0..1: the cheapest such")
+    parser.add_argument("--runtime", default="auto", help="xla, onnxruntime, or auto (default): the faster one")
     parser.add_argument("--batch-size", type=int, default=64, help="images that are classified at once; 64 by default")
     parser.add_argument("--part-size", type=int, default=1024, help="images of one output file; 1024 by default")
     parser.add_argument(
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size={args.batch_size}: at least 1")
     inputs = offline.list_inputs(args.input)
-    predictor = Predictor.load(args.artefact)
+    predictor = Predictor.load(args.artefact, args.runtime)
     budget = Budget(max_macs=args.max_macs, min_top1=args.min_top1)
     if args.instance and budget != Budget():
         raise ValueError(f"--instance={args.instance}: give a budget or an instance, not both")
@@ -63,4 +64,5 @@ def run(args: argparse.Namespace) -> None:
         for count in offline.run_parts(predictor, plan, inputs, args.output, missing, batch_size=args.batch_size):
             bar.update(count)
     before = f" ({done} of them before)" if done else ""
-    print(f"classified {plan.count} images on {instance.name}{before}: {args.output}/part-*.parquet")
+    where = f"{instance.name} in {predictor.runtime_of(instance, args.batch_size)}"
+    print(f"classified {plan.count} images on {where}{before}: {args.output}/part-*.parquet")

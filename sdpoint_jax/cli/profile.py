@@ -130,7 +130,7 @@ def profile_artefact(
     path = pathlib.Path(path)
     swept = artefact.load(path)
     chosen = _find_instances(swept, instances)
-    runtimes = _make_runtimes(swept, runtime)
+    runtimes = make_runtimes(swept, runtime)
     device = runtimes[0].device
     files = path.with_name(table.TABLE)
     in_sweep = path.name == artefact.ARTEFACT and files.is_file()
@@ -173,8 +173,17 @@ def _checksum(swept: "Artefact") -> list:
     return [swept.model, checksum_tree({"params": swept.params, "batch_stats": statistics})]
 
 
-def _make_runtimes(swept: "Artefact", wanted: str) -> "list[Runtime]":
-    """Makes the runtimes that are wanted, each of a predictor on one device; its `predict` is what is timed."""
+def make_runtimes(swept: "Artefact", wanted: str) -> "list[Runtime]":
+    """Makes runtimes of an artefact, each of a predictor on one device; its `predict` is what is timed.
+
+    Args:
+        swept: the artefact.
+        wanted: `xla`, `onnxruntime`, or `all`: those of them that do.
+
+    Raises:
+        ValueError: an unknown runtime, or one that does not do for this artefact and device.
+        ImportError: one that is not installed; names the extra.
+    """
     import jax
 
     from sdpoint_jax.profiling import latency

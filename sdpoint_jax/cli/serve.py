@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one; 8000 by default")
     parser.add_argument("--token", default="", help="allows PUT /budget to who sends it; without one there is no such")
     parser.add_argument("--max-upload-mb", type=float, default=16.0, help="largest body of a request")
-    parser.add_argument("--device", help="whose profile to use; by default the only one in the artefact")
+    parser.add_argument("--device", help="whose profile to use; by default that of the device at hand")
+    parser.add_argument("--runtime", default="auto", help="xla, onnxruntime, or auto (default): the faster one")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,11 +40,14 @@ def run(args: argparse.Namespace) -> None:
 
     from sdpoint_jax.serving.controller import Controller, LatencyTable
     from sdpoint_jax.serving.engine import Engine
-    from sdpoint_jax.serving.predictor import Predictor
+    from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
+    from sdpoint_jax.serving.selection import check_device
 
-    predictor = Predictor.load(args.artefact)
+    predictor = Predictor.load(args.artefact, args.runtime)
+    device = check_device(predictor.rows, predictor.device, args.device)
+    runtime = predictor.runtimes[0] if len(predictor.runtimes) == 1 else None
     sizes = comma_separated(args.batch_sizes, int, "batch-sizes") or None
-    table = LatencyTable.from_rows(predictor.rows, device=args.device, runtime="xla", batch_sizes=sizes)
+    table = LatencyTable.from_rows(predictor.rows, device=device, runtime=runtime, batch_sizes=sizes)
     names = [table.names[i] for i in table.front(range(len(table.names)))]
     if args.instances != "pareto":
         names = list(table.names) if args.instances == "all" else args.instances.split(",")
@@ -56,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
         for name in table.names:
             for size in table.batch_sizes:  # The first run of a program takes longer.
                 predictor.predict(np.zeros((size, *predictor.image_shape), np.uint8), instance=name)
-        print(f"ready: {len(table.names)} instances at batch sizes {table.batch_sizes}", file=sys.stderr, flush=True)
+        runtimes = describe_runtimes(predictor, table.names, table.batch_sizes)
+        print(f"ready: {len(table.names)} instances in {runtimes}", file=sys.stderr, flush=True)
 
     app = create_app(
         predictor,

@@ -3,6 +3,7 @@
 Imports neither onnx nor onnxruntime before the first session is opened.
 """
 
+import functools
 import importlib.util
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,12 +38,22 @@ def check_onnxruntime(dtype: str, devices: Sequence[jax.Device]) -> None:
         raise ValueError(f"runtime onnxruntime: runs on one CPU, not on {', '.join(map(str, devices))}; valid is xla")
 
 
+@functools.cache
+def _share_arena():
+    """Lets the sessions of this process take the memory of activations from one place, not each from its own."""
+    import onnxruntime as ort
+
+    cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(cpu, None)
+
+
 class OnnxSessions:
     """Sessions of a net's instances: `sessions[instance](images)` gives logits for a batch of any size.
 
-    A session is opened on first use or ahead of time, once, and runs in as many threads as XLA's programs. All read the
-    parameters from one copy in memory; but each keeps its own in the order and with the folded statistics that make it
-    fast, and Python has no way to share these. Any number of threads may use the sessions.
+    A session is opened on first use or ahead of time, once, and runs in as many threads as XLA's programs. They share
+    the parameters as they are, and the memory of activations. Each holds a copy of its own of the kernels in the order,
+    and with the statistics folded in, that make it fast: for PreResNet-50 it takes 102 MB, where one that shares
+    nothing takes 199 MB and as much time for a batch. Any number of threads may use the sessions.
     """
 
     def __init__(self, swept: Artefact):
@@ -90,6 +101,10 @@ class OnnxSessions:
         refer_to_file(model, "params", {name: (0, array.nbytes) for name, (array, _) in self._params.items()})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = count_threads()
+        _share_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        # Else its threads spin on after a call, and take the cores from the next session: switching doubled the time.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_external_initializers(list(self._params), [value for _, value in self._params.values()])
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 

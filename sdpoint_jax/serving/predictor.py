@@ -59,6 +59,7 @@ class Predictor:
     where it is often the faster. Which one runs what is fixed by the table and the arguments; see `runtime_of`.
 
     Attributes:
+        device: the first that it runs on; see `storage.device.describe_device`.
         runtimes: those that are used: `xla`, `onnxruntime` or, each where it is the faster, both.
         rows: the table, a row per instance.
         cascades: the table of cascades, if the sweep has evaluated some.
@@ -91,10 +92,12 @@ class Predictor:
         preprocess = functools.partial(normalize, mean=swept.mean, std=swept.std)
         self._replicas = [_Replica(swept, model, preprocess, device) for device in chosen]
         self.runtimes = _find_runtimes(runtime, swept.dtype, chosen)
-        self._device = describe_device(chosen[0])
+        self.device = describe_device(chosen[0])
         self._sessions = OnnxSessions(swept)
         self._runtimes: dict[tuple[SDPointInstance, int], str] = {}  # By instance and batch size, as they were asked.
         self._swept = {key: row.instance for row in self.rows for key in (row.name, row.instance)}
+        # A search of the table takes longer than a small net.
+        self._select = functools.lru_cache(256)(self._select_anew)
         self._turns = itertools.count()
         self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}  # Batch sizes, ascending.
         self._compiled_cascades: dict[tuple[SDPointInstance, ...], tuple[int, ...]] = {}
@@ -148,7 +151,7 @@ class Predictor:
         if len(self.runtimes) == 1:
             return self.runtimes[0]
         row = self._artefact.row(instance)
-        return choose_runtime(row, batch_size, device=self._device, dtype=self._artefact.dtype) or "xla"
+        return choose_runtime(row, batch_size, device=self.device, dtype=self._artefact.dtype) or "xla"
 
     def compile(
         self,
@@ -217,9 +220,11 @@ class Predictor:
             if budget is not None:
                 raise ValueError(f"max_macs {max_macs:g} and budget {budget}: give one of them")
             budget = Budget(max_macs=max_macs)
-        budget = budget or Budget()
+        return self._select(budget or Budget(), **settings)
+
+    def _select_anew(self, budget, **settings):
         if budget.is_of_measurements:
-            settings["device"] = check_device(self.rows, self._device, settings.get("device"))
+            settings["device"] = check_device(self.rows, self.device, settings.get("device"))
             only = self.runtimes[0] if len(self.runtimes) == 1 else None
             settings = {"runtime": only, "dtype": self._artefact.dtype} | settings
         return select(self.rows, budget, **settings).instance

@@ -255,6 +255,24 @@ def test_an_artefact_by_itself_is_profiled_too(sweep_folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "mine", "sweep"]
 
 
+def test_both_runtimes_are_measured_in_turns_and_the_faster_one_is_named(sweep_folder, capsys):
+    pytest.importorskip("onnxruntime")
+    path, device = sweep_folder / "artefact", describe_device()
+    commands.run("profile", path, "--batch-sizes=1,3", "--repeats=2", "--instances=p01_r0.50")
+    out = capsys.readouterr().out
+    assert "onnxruntime, float32" in out and "xla, float32" in out and "a predictor uses " in out
+    measured = [row for row in artefact.load(path).rows if row.latencies]
+    assert [row.name for row in measured] == ["full", "p01_r0.50"]
+    settings = {(device, runtime, "float32", size) for runtime in ("xla", "onnxruntime") for size in (1, 3)}
+    assert all({found.setting for found in row.latencies} == settings for row in measured)
+    versions = measured[0].latency((device, "onnxruntime", "float32", 1)).versions
+    assert "onnxruntime" in versions and "jax" not in versions
+    commands.run("select", path, "--max-latency-ms=1e6")
+    assert commands.error_of(capsys, "profile", path, "--runtime=tvm") == (
+        "error: --runtime=tvm: valid are all, xla, onnxruntime\n"
+    )
+
+
 def test_evaluate_ends_with_a_profile(swept, tmp_path, capsys):
     checkpoint.save(tmp_path / "run", {"params": swept.params}, {"config": to_dict(swept.experiment.config)})
     output = tmp_path / "sweep"
