@@ -20,7 +20,7 @@ import jax
 from sdpoint_jax.programs.host_memory import keep_freed_memory
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "onnxruntime")
 # Flags that several benchmarks have: a type and a help text each.
 FLAGS = {
     "net": (str, "NAME:IMAGE SIZE:BATCH SIZE"),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdpoint_jax.instance import STEM, SDPointInstance
-from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
+from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec, ShortcutSpec
 from sdpoint_jax.models.registry import architecture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +29,25 @@ def _convolution(features_in: int, spec: ConvolutionSpec) -> nn.Conv2d:
     )
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out")
     return convolution
+
+
+class PaddedIdentity(nn.Module):
+    """Every `stride`-th pixel, with channels of zeros on both sides."""
+
+    def __init__(self, stride: int, missing: int):
+        super().__init__()
+        self.stride, self.channels = stride, (missing // 2, missing - missing // 2)
+
+    def forward(self, x):
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.channels))
+
+
+def _shortcut(features_in: int, spec: ShortcutSpec) -> nn.Module:
+    convolution = spec.convolution
+    if spec.kind == "padded_identity":
+        return PaddedIdentity(convolution.stride, convolution.features - features_in)
+    projection = _convolution(features_in, convolution)
+    return projection if spec.kind == "projection" else nn.Sequential(projection, nn.BatchNorm2d(convolution.features))
 
 
 def _pool_to(x, height, width, ratio, pool):
@@ -48,7 +67,7 @@ class Block(nn.Module):
             self.norms = self.norms[:-1]
         self.shortcut = None
         if spec.shortcut:
-            self.shortcut = nn.Sequential(_convolution(features_in, spec.shortcut), nn.BatchNorm2d(features[-1]))
+            self.shortcut = _shortcut(features_in, spec.shortcut)
 
     def forward(self, x):
         return self._before(x) if self.preactivation else self._after(x)

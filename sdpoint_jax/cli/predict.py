@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instance", help="the instance, by name, instead of a budget")
     parser.add_argument("--max-macs", type=float, help="the most MACs that one image may cost")
     parser.add_argument("--min-top1", type=float, help="the top-1 accuracy that is needed, in 0..1: the cheapest such")
+    parser.add_argument("--runtime", default="auto", help="xla, onnxruntime, or auto (default): the faster one")
     parser.add_argument("--batch-size", type=int, default=64, help="images that are classified at once; 64 by default")
     parser.add_argument("--part-size", type=int, default=1024, help="images of one output file; 1024 by default")
     parser.add_argument("--ray", action="store_true", help="classify on Ray: on the cluster at RAY_ADDRESS, else here")
@@ -83,11 +84,13 @@ def _classify(args, run_parts):
 
 
 def _here(args, swept, plan, inputs, missing):
+    from sdpoint_jax import progress
     from sdpoint_jax.serving import offline
     from sdpoint_jax.serving.predictor import Predictor
 
-    predictor = Predictor(swept)
+    predictor = Predictor(swept, runtime=args.runtime)
     predictor.compile([plan.instance], [args.batch_size])
+    progress.say(f"runtime: {predictor.runtime_of(plan.instance, args.batch_size)}")
     return offline.run_parts(predictor, plan, inputs, args.output, missing, batch_size=args.batch_size)
 
 
@@ -102,4 +105,5 @@ def _on_ray(args, swept, plan, inputs, missing):
         missing,
         batch_size=args.batch_size,
         workers=args.workers,
+        runtime=args.runtime,
     )

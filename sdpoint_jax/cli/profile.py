@@ -2,9 +2,11 @@
 
 Latency is the time of one call, from a batch of uint8 images in the host's memory to their logits there. For each
 instance and batch size, the program is compiled, then timed in turns with all others. Median and 95th percentile,
-memory, and seconds of compiling go into the artefact's table, beside those of other devices. Where the artefact lies in
-the folder of a sweep, sweep.csv and sweep.json are written again, and latency.png: accuracy against latency, and the
-time that an instance saves beside the MACs that it saves. The same command goes on with a profile that was interrupted.
+memory, and seconds of compiling go into the artefact's table, beside those of other devices. Of XLA and onnxruntime
+(pip install 'sdpoint_jax[onnx]'), predictors use the one that is found to be the faster for an instance and batch size.
+Where the artefact lies in the folder of a sweep, sweep.csv and sweep.json are written again, and latency.png: accuracy
+against latency, and the time that an instance saves beside the MACs that it saves. The same command goes on with a
+profile that was interrupted.
 Exit codes: 0 done, 2 error.
 """
 
@@ -12,6 +14,7 @@ import argparse
 import functools
 import os
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,11 +22,11 @@ from sdpoint_jax.cli.parser import comma_separated
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 
 if TYPE_CHECKING:
-    from sdpoint_jax.profiling.latency import Effort, Runtime
+    from sdpoint_jax.profiling.latency import Effort, Program, Runtime
     from sdpoint_jax.storage.artefact import Artefact, InstanceRow, Latency
 
 _BATCH_SIZES = "1,8,32"
-_LIBRARIES = ("jax", "jaxlib", "numpy", "sdpoint_jax")
+_LIBRARIES = {"xla": ("jax", "jaxlib", "numpy", "sdpoint_jax"), "onnxruntime": ("onnxruntime", "numpy", "sdpoint_jax")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="all; pareto: those that no other one beats in MACs and accuracy; or names, as p03_r0.50,p05_r0.75. "
         "Full resolution is measured in any case, to compare with",
+    )
+    parser.add_argument(
+        "--runtime",
+        default="all",
+        help="xla, onnxruntime, or all: those that are installed and do for this net and device; all by default",
     )
     parser.add_argument("--repeats", type=int, default=100, help="timed calls of each program; 100 by default")
     parser.add_argument(
@@ -60,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax.profiling.latency import Effort  # Late: JAX takes seconds.
 
     effort = Effort(repeats=args.repeats, seconds=args.seconds)
-    profile_artefact(args.artefact, batch_sizes, args.instances, effort)
+    profile_artefact(args.artefact, batch_sizes, args.instances, effort, args.runtime)
 
 
 def parse_batch_sizes(text: str, flag: str) -> tuple[int, ...]:
@@ -91,7 +99,11 @@ def check_machine() -> None:
 
 
 def profile_artefact(
-    path: str | os.PathLike, batch_sizes: Sequence[int], instances: str = "all", effort: "Effort | None" = None
+    path: str | os.PathLike,
+    batch_sizes: Sequence[int],
+    instances: str = "all",
+    effort: "Effort | None" = None,
+    runtime: str = "all",
 ) -> None:
     """Times instances of an artefact, writes the latencies into its table and its sweep's files, and prints them.
 
@@ -100,36 +112,42 @@ def profile_artefact(
         batch_sizes: images of one call, each at least 1.
         instances: `all`, `pareto`, or names with commas between them.
         effort: how long to measure.
+        runtime: `xla`, `onnxruntime`, or `all`: those of them that do.
 
     Raises:
         CheckpointError: there is no sound artefact at `path`.
-        ValueError: an instance that was not swept, or another process writes to the folder of the artefact.
+        ValueError: an instance that was not swept, a runtime that does not do, or another process writes to the folder
+            of the artefact.
+        ImportError: a runtime that is not installed; names the extra.
         OSError: something could not be written; names the path.
     """
     from sdpoint_jax.evaluation import sweep, table
     from sdpoint_jax.profiling import latency
+    from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
     from sdpoint_jax.storage import artefact
     from sdpoint_jax.storage.lock import FolderLock
 
     path = pathlib.Path(path)
     swept = artefact.load(path)
     chosen = _find_instances(swept, instances)
+    runtimes = make_runtimes(swept, runtime)
+    device = runtimes[0].device
     files = path.with_name(table.TABLE)
     in_sweep = path.name == artefact.ARTEFACT and files.is_file()
     unfinished = path.with_name(f"{path.name}.profiling.json")
     with FolderLock(path.parent, "folder"):
         _, baseline = table.read_table(files) if in_sweep else (None, None)
-        runtime = _xla(swept)
         found = latency.profile(
-            runtime, chosen, batch_sizes, effort or latency.Effort(), unfinished=unfinished, of=_checksum(swept)
+            runtimes, chosen, batch_sizes, effort or latency.Effort(), unfinished=unfinished, of=_checksum(swept)
         )
         profiled = swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
         if in_sweep:
-            sweep.write_results(profiled, path.parent, baseline, runtime.device)
+            sweep.write_results(profiled, path.parent, baseline, device)
         else:
             artefact.save(profiled, path)
         unfinished.unlink(missing_ok=True)
-    print(table.format_latencies(profiled.rows, runtime.device))
+    print(table.format_latencies(profiled.rows, device))
+    print(f"a predictor uses {describe_runtimes(Predictor(profiled), chosen, batch_sizes)}")
     beside = ", and sweep.csv, sweep.json, latency.png beside it" if in_sweep else ""
     print(f"written: the table of {path}{beside}")
 
@@ -155,26 +173,60 @@ def _checksum(swept: "Artefact") -> list:
     return [swept.model, checksum_tree({"params": swept.params, "batch_stats": statistics})]
 
 
-def _xla(swept: "Artefact") -> "Runtime":
-    """Makes a runtime of a predictor on one device; its `predict` is what is timed."""
+def make_runtimes(swept: "Artefact", wanted: str) -> "list[Runtime]":
+    """Makes runtimes of an artefact, each of a predictor on one device; its `predict` is what is timed.
+
+    Args:
+        swept: the artefact.
+        wanted: `xla`, `onnxruntime`, or `all`: those of them that do.
+
+    Raises:
+        ValueError: an unknown runtime, or one that does not do for this artefact and device.
+        ImportError: one that is not installed; names the extra.
+    """
     import jax
 
     from sdpoint_jax.profiling import latency
+    from sdpoint_jax.serving.predictor import Predictor
+    from sdpoint_jax.storage.device import describe_device
+
+    if wanted not in ("all", *_LIBRARIES):
+        raise ValueError(f"--runtime={wanted}: valid are all, {', '.join(_LIBRARIES)}")
+    devices = jax.local_devices()[:1]
+    names = Predictor(swept, devices=devices).runtimes if wanted == "all" else [wanted]
+    prepare = {"xla": _prepare_program, "onnxruntime": _open_session}
+    return [
+        latency.Runtime(
+            name,
+            describe_device(devices[0]),
+            swept.dtype,
+            swept.image_shape,
+            latency.list_versions(_LIBRARIES[name]),
+            functools.partial(prepare[name], Predictor(swept, runtime=name, devices=devices)),
+        )
+        for name in names
+    ]
+
+
+def _prepare_program(predictor, instance, batch_size) -> "Program":
+    from sdpoint_jax.profiling import latency
     from sdpoint_jax.profiling.memory import planned_memory
     from sdpoint_jax.programs.devices import compiler_options
-    from sdpoint_jax.serving.predictor import Predictor
 
-    predictor = Predictor(swept, devices=jax.local_devices()[:1])
-    compiler_options()  # Compiles, to ask XLA which options it knows: no part of any program's time.
+    compiler_options()  # The first time, it compiles, to ask XLA which options it knows: no part of any program's time.
+    compile_it = functools.partial(predictor.compile, [instance], [batch_size], workers=1)
+    seconds = latency.time_compilation(compile_it)
+    memory = planned_memory(predictor.programs[instance, batch_size])
+    return latency.Program(functools.partial(predictor.predict, instance=instance), memory, seconds)
 
-    def prepare(instance, batch_size):
-        compile_it = functools.partial(predictor.compile, [instance], [batch_size], workers=1)
-        seconds = latency.time_compilation(compile_it)
-        memory = planned_memory(predictor.programs[instance, batch_size])
-        return latency.Program(functools.partial(predictor.predict, instance=instance), memory, seconds)
 
-    device, versions = latency.describe_device(predictor.programs.device), latency.list_versions(_LIBRARIES)
-    return latency.Runtime("xla", device, swept.dtype, swept.image_shape, versions, prepare)
+def _open_session(predictor, instance, batch_size) -> "Program":
+    from sdpoint_jax.profiling import latency
+
+    is_new, start = instance not in predictor.sessions, time.perf_counter()
+    predictor.compile([instance], [batch_size])  # One session for all batch sizes.
+    seconds = round(time.perf_counter() - start, 3) if is_new else None
+    return latency.Program(functools.partial(predictor.predict, instance=instance), None, seconds)
 
 
 def _with_latencies(row: "InstanceRow", latencies: "Sequence[Latency]") -> "InstanceRow":

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-memory-mb", type=float, help="the most memory of one call, in MB of 10^6 bytes")
     parser.add_argument("--min-top1", type=float, help="the top-1 accuracy that is needed, in 0..1")
     parser.add_argument("--batch-size", type=int, default=1, help="images of one call, 1 by default")
-    parser.add_argument("--device", help="where latency and memory were measured, if on several")
-    parser.add_argument("--runtime", help="likewise, as xla or onnxruntime")
+    parser.add_argument("--device", help="where latency and memory were measured; by default the one at hand")
+    parser.add_argument("--runtime", help="xla or onnxruntime; by default the one measured to be the faster")
     parser.add_argument(
         "--prefer",
         default="most accurate",
@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the instance within the budget."""
-    from sdpoint_jax.serving.selection import Budget, select
+    from sdpoint_jax.serving.selection import Budget, check_device, select
     from sdpoint_jax.storage import artefact  # Late: JAX takes seconds.
+    from sdpoint_jax.storage.device import describe_device
 
     limits = (args.max_macs, args.relative_budget, args.max_latency_ms, args.max_memory_mb, args.min_top1)
     if not any(limit is not None for limit in limits):
@@ -41,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--max-macs={max_macs:g} --relative-budget={args.relative_budget:g}: give one of them")
         max_macs = args.relative_budget * full_cost
     budget = Budget(max_macs, args.max_latency_ms, args.max_memory_mb, args.min_top1, args.batch_size)
-    row = select(rows, budget, device=args.device, runtime=args.runtime, prefer=args.prefer)
+    device = args.device
+    if budget.is_of_measurements and not device:
+        device = check_device(rows, describe_device())
+    row = select(rows, budget, device=device, runtime=args.runtime, prefer=args.prefer)
     given = [f"{max_macs:,.0f} MACs"] if max_macs is not None else []
     given += [f"{args.max_latency_ms:g} ms"] if args.max_latency_ms is not None else []
     given += [f"{args.max_memory_mb:g} MB"] if args.max_memory_mb is not None else []

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one; 8000 by default")
     parser.add_argument("--token", default="", help="allows PUT /budget to who sends it; without one there is no such")
     parser.add_argument("--max-upload-mb", type=float, default=16.0, help="largest body of a request")
-    parser.add_argument("--device", help="whose profile to use; by default the only one in the artefact")
+    parser.add_argument("--device", help="whose profile to use; by default that of the device at hand")
+    parser.add_argument("--runtime", default="auto", help="xla, onnxruntime, or auto (default): the faster one")
     parser.add_argument("--ray", action="store_true", help="serve on Ray: on the cluster at RAY_ADDRESS, else here")
     parser.add_argument("--replicas", default="1", help="with --ray: a number, or the least and the most, as 1..4")
 
@@ -53,6 +54,7 @@ def _settings(args):
         max_queue=args.max_queue,
         max_upload_mb=args.max_upload_mb,
         device=args.device,
+        runtime=args.runtime,
     )
 
 
@@ -97,7 +99,10 @@ def _run_on_ray(args, settings):
     )
     print(f"serving {args.artefact} at http://{args.host}:{args.port} on Ray", file=sys.stderr, flush=True)
     with ray_cluster.connected():
-        service.make_controller(artefact.load(path).rows, settings)  # Wrong settings are told before replicas start.
+        rows = artefact.load(path).rows  # Wrong settings are told before replicas start.
+        devices = [latency.device for row in rows for latency in row.latencies] or [None]
+        runtime = None if settings.runtime == "auto" else settings.runtime
+        service.make_controller(rows, settings, device=settings.device or devices[-1], runtime=runtime)
         kind, _ = ray_cluster.count_devices()
         settings = settings.model_copy(update={f"num_{kind.lower()}s": 1.0})
         ray_serve.run(settings, host=args.host, port=args.port, on_ready=_show_replicas_ready)
@@ -112,8 +117,8 @@ def _replicas(text) -> tuple[int, int]:
         raise ValueError(f"--replicas={text}: give a number, or the least and the most, as 1..4") from None
 
 
-def _show_ready(table):
-    print(f"ready: {len(table.names)} instances at batch sizes {table.batch_sizes}", file=sys.stderr, flush=True)
+def _show_ready(what):
+    print(f"ready: {what}", file=sys.stderr, flush=True)
 
 
 def _show_replicas_ready():

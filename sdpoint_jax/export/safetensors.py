@@ -15,13 +15,13 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from sdpoint_jax.export.layout import channels_first
 from sdpoint_jax.instance import STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.blocks import NORM_EPSILON
 from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import ARCHITECTURES, architecture, create_model
 from sdpoint_jax.models.torch_import import torch_tensors
+from sdpoint_jax.programs.layout import channels_first
 from sdpoint_jax.storage.artefact import Artefact
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # As timm and the hub call them.

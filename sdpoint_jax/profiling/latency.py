@@ -1,4 +1,4 @@
-"""How fast SDPoint instances run on the device at hand, whatever runtime runs them.
+"""How fast SDPoint instances run on the device at hand, in one runtime or in several side by side.
 
 *Latency* is the time of one whole call, as a service pays it: from a batch of uint8 images in the host's memory to
 their logits in the host's memory. Both transfers and the wait for the device are in it; decoding of images, and
@@ -18,15 +18,12 @@ import json
 import math
 import os
 import pathlib
-import platform
 import random
-import re
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -92,7 +89,7 @@ class Runtime:
 
     Attributes:
         name: `xla` or `onnxruntime`.
-        device: see `describe_device`.
+        device: see `storage.device.describe_device`.
         dtype: of the computation: `float32` or `bfloat16`.
         image_shape: (H, W, C) of the uint8 images.
         versions: of the libraries that count, by name.
@@ -108,7 +105,7 @@ class Runtime:
 
 
 def profile(
-    runtime: Runtime,
+    runtimes: Sequence[Runtime],
     instances: Iterable[SDPointInstance],
     batch_sizes: Iterable[int],
     effort: Effort,
@@ -116,45 +113,58 @@ def profile(
     unfinished: pathlib.Path,
     of: Any,
 ) -> dict[SDPointInstance, list[Latency]]:
-    """Measures the latency of instances at each batch size, with progress bars.
+    """Measures the latency of instances at each batch size in each runtime, with progress bars.
 
     Args:
-        runtime: what runs them.
+        runtimes: what runs them, each of another name, for images of the same shape.
         instances: to measure.
         batch_sizes: of the calls.
-        effort: how long to measure.
+        effort: how long to measure each program.
         unfinished: file of what is measured so far. A profile that was interrupted goes on from it, if everything is
             as it was. The caller removes it once the result is safe.
         of: what JSON can hold and tells the net from others, as a checksum of its parameters.
 
     Returns:
-        by instance: a latency for each batch size.
+        by instance: a latency for each runtime and batch size.
     """
-    targets = [(instance, size) for instance in instances for size in batch_sizes]
-    names = [_name(target) for target in targets]
-    where = {"runtime": runtime.name, "device": runtime.device, "dtype": runtime.dtype}
-    key = {"of": of, **where, "versions": dict(runtime.versions), "targets": names, **dataclasses.asdict(effort)}
+    by_name, sizes = {runtime.name: runtime for runtime in runtimes}, list(batch_sizes)
+    targets = [_Target(instance, size, name) for instance in instances for name in by_name for size in sizes]
+    what = [(name, runtime.device, runtime.dtype, dict(runtime.versions)) for name, runtime in by_name.items()]
+    key = {"of": of, "runtimes": what, "targets": list(map(str, targets)), **dataclasses.asdict(effort)}
     with _Unfinished(unfinished, key) as kept:
-        programs = _prepare(runtime, targets, kept)
-        images = _draw_images(runtime.image_shape, {size for _, size in targets})
-        calls = {_name(target): functools.partial(programs[target].run, images[target[1]]) for target in targets}
+        programs = _prepare(by_name, targets, kept)
+        images = _draw_images(runtimes[0].image_shape, sizes)
+        calls = {str(target): functools.partial(programs[target].run, images[target.batch_size]) for target in targets}
         _run_turns(calls, effort, kept)
     found: dict[SDPointInstance, list[Latency]] = {}
-    for instance, size in targets:
-        name, program = _name((instance, size)), programs[instance, size]
-        p50_ms, p95_ms, repeats = summarize(kept.turns[name])
+    for target in targets:
+        program, runtime = programs[target], by_name[target.runtime]
+        p50_ms, p95_ms, repeats = summarize(kept.turns[str(target)])
         latency = Latency(
-            **where,
-            batch_size=size,
+            device=runtime.device,
+            runtime=runtime.name,
+            dtype=runtime.dtype,
+            batch_size=target.batch_size,
             p50_ms=p50_ms,
             p95_ms=p95_ms,
             repeats=repeats,
             peak_memory_bytes=program.peak_memory_bytes,
-            compile_seconds=kept.compile_seconds.get(name),
+            compile_seconds=kept.compile_seconds.get(str(target)),
             versions=runtime.versions,
         )
-        found.setdefault(instance, []).append(latency)
+        found.setdefault(target.instance, []).append(latency)
     return found
+
+
+class _Target(NamedTuple):
+    """What is measured."""
+
+    instance: SDPointInstance
+    batch_size: int
+    runtime: str
+
+    def __str__(self):
+        return f"{self.instance.name} x {self.batch_size} {self.runtime}"
 
 
 def measure(
@@ -200,14 +210,15 @@ def _has_enough(done, effort):
     return sum(map(sum, done)) >= effort.seconds and sum(map(len, done)) >= _LEAST_CALLS
 
 
-def _prepare(runtime, targets, kept):
+def _prepare(runtimes, targets, kept):
     """Compiles the programs one after the other, so that none waits for another while its time is taken."""
     programs = {}
     with progress.bar(targets, desc="compiling", unit="program") as shown:
         for target in shown:
-            programs[target] = program = runtime.prepare(*target)
+            prepare = runtimes[target.runtime].prepare
+            programs[target] = program = prepare(target.instance, target.batch_size)
             if program.compile_seconds is not None:
-                kept.compile_seconds[_name(target)] = program.compile_seconds
+                kept.compile_seconds[str(target)] = program.compile_seconds
                 kept.save_now_and_then()
     return programs
 
@@ -262,11 +273,6 @@ class _Unfinished:
         self._saved = time.monotonic()
 
 
-def _name(target):
-    instance, batch_size = target
-    return f"{instance.name} x {batch_size}"
-
-
 def _draw_images(image_shape, batch_sizes):
     rng = np.random.default_rng(0)
     return {size: rng.integers(0, 256, (size, *image_shape), np.uint8) for size in batch_sizes}
@@ -304,59 +310,6 @@ def time_compilation(compile_it: Callable[[], object]) -> float | None:
 
 def _count_compilations():
     return _events["/jax/core/compile/backend_compile_duration"] - _events["/jax/compilation_cache/cache_hits"]
-
-
-def describe_device(device: jax.Device | None = None) -> str:
-    """Names a device, by default the first of this host, as `gpu: NVIDIA H100 80GB HBM3`.
-
-    A CPU is named with the threads that XLA runs a program in, as `cpu: AMD EPYC 7763, 2 threads`: so many as this
-    process may use cores, unless XLA is told otherwise.
-    """
-    device = device or jax.local_devices()[0]
-    if device.platform != "cpu":
-        return f"{device.platform}: {device.device_kind}"
-    threads = _count_threads()
-    return f"cpu: {_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _count_threads():
-    if re.search(r"xla_cpu_multi_thread_eigen=(false|0)\b", os.environ.get("XLA_FLAGS", "")):
-        return 1
-    if (given := os.environ.get("NPROC", "")).isdecimal():  # XLA reads it as well.
-        return max(1, int(given))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def _processor_name():
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.*\S)", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine() or "unknown"
-
-
-def check_device(latencies: Iterable[Latency], device: str | None = None) -> str:
-    """Finds the device whose latencies to select by; warns if that is not the one at hand.
-
-    Args:
-        latencies: those of all rows of a table.
-        device: the one at hand; see `describe_device`, which is the default.
-
-    Returns:
-        the device at hand where it was measured, else the one that was measured last, with a warning that names both.
-
-    Raises:
-        ValueError: no latency was measured at all.
-    """
-    at_hand = device or describe_device()
-    measured = list(dict.fromkeys(latency.device for latency in latencies))
-    if not measured:
-        raise ValueError("latency: not measured on any device; run: python -m sdpoint_jax profile ARTEFACT")
-    if at_hand in measured:
-        return at_hand
-    message = f"latency measured on {measured[-1]!r} is used on {at_hand!r}, where it may be quite another"
-    warnings.warn(f"{message}; run: python -m sdpoint_jax profile ARTEFACT", stacklevel=2)
-    return measured[-1]
 
 
 def warn_of_load() -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
-from sdpoint_jax.serving.selection import Budget, find_setting, list_affordable, list_batch_sizes
+from sdpoint_jax.serving.selection import Budget, Where, find_setting, list_affordable, list_batch_sizes, list_latencies
 from sdpoint_jax.storage.table import InstanceRow
 
 # For `headroom`: how far back the rate of arrivals is looked at, and for how long its peak is expected to go on, in
@@ -114,7 +114,7 @@ class LatencyTable:
     Attributes:
         rows: of the instances.
         names: of the instances.
-        setting: device, runtime, dtype.
+        setting: device, runtime (None: the faster one for each instance and batch size), dtype.
         batch_sizes: that programs exist for, ascending.
         seconds: [I, S], median time of a batch.
         margin: time that 95 of 100 batches do not exceed, over the median; the median of all programs.
@@ -125,13 +125,13 @@ class LatencyTable:
         largest: [I, S, K + 1], number of the largest batch size that takes part in that.
     """
 
-    def __init__(self, rows: Sequence[InstanceRow], setting: tuple[str, str, str], batch_sizes: Sequence[int]):
+    def __init__(self, rows: Sequence[InstanceRow], setting: Where, batch_sizes: Sequence[int]):
         """Takes rows that were all measured in the setting at all the batch sizes; see `from_rows`."""
         self.rows, self.setting, self.batch_sizes = tuple(rows), setting, tuple(batch_sizes)
         self.names = tuple(row.name for row in rows)
         self._index = {name: number for number, name in enumerate(self.names)}
         self.top1, self.macs = np.array([row.top1 for row in rows]), np.array([row.macs for row in rows])
-        found = [{m.batch_size: m for m in row.latencies if m.setting[:3] == setting} for row in rows]
+        found = [list_latencies(row, self.setting) for row in rows]
         self.seconds = np.array([[measured[size].p50_ms / 1e3 for size in batch_sizes] for measured in found])
         tails = [measured[size].p95_ms / measured[size].p50_ms for measured in found for size in batch_sizes]
         self.margin = min(max(1.0, statistics.median(tails)), _LARGEST_MARGIN)
@@ -153,8 +153,8 @@ class LatencyTable:
         Args:
             rows: of which those count that were measured at all the batch sizes.
             device: on which they were measured; None for the only one there is.
-            runtime: likewise.
-            dtype: likewise.
+            runtime: likewise; None for the faster one of each instance and batch size.
+            dtype: as `device`.
             batch_sizes: to use; None for all that any row was measured at.
 
         Raises:

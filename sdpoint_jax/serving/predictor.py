@@ -19,11 +19,14 @@ from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.programs.cascade import CascadePrograms
 from sdpoint_jax.programs.inference import InferencePrograms
+from sdpoint_jax.programs.onnx_sessions import OnnxSessions, check_onnxruntime
 from sdpoint_jax.serving.images import to_batch
-from sdpoint_jax.serving.selection import Budget, select
+from sdpoint_jax.serving.selection import Budget, check_device, choose_runtime, select
 from sdpoint_jax.storage import artefact
 from sdpoint_jax.storage.artefact import Artefact, InstanceRow
+from sdpoint_jax.storage.device import describe_device
 
+RUNTIMES = ("auto", "xla", "onnxruntime")
 _POWERS_OF_TWO = tuple(1 << power for power in range(9))  # Batches are padded to these, so that programs stay few.
 
 
@@ -53,20 +56,32 @@ class Predictor:
     that was not is an error. Parameters are on each device once, whatever the number of instances; switching instances
     copies nothing.
 
+    There are two runtimes. XLA runs anything anywhere; onnxruntime runs instances, not cascades, in float32 on one CPU,
+    where it is often the faster. Which one runs what is fixed by the table and the arguments; see `runtime_of`.
+
     Attributes:
+        device: the first that it runs on; see `storage.device.describe_device`.
+        runtimes: those that are used: `xla`, `onnxruntime` or, each where it is the faster, both.
         rows: the table, a row per instance.
         cascades: the table of cascades, if the sweep has evaluated some.
         class_names: of the K classes.
         image_shape: (H, W, C) that the net takes.
     """
 
-    def __init__(self, swept: Artefact, *, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, swept: Artefact, *, runtime: str = "auto", devices: Sequence[jax.Device] | None = None):
         """Puts an artefact on devices.
 
         Args:
             swept: see `load`.
+            runtime: `xla`, `onnxruntime`, or `auto`: for each instance and batch size the faster of those that
+                `profile` has measured on this device. Where it has measured none, or onnxruntime is not installed or
+                does not do (see `check_onnxruntime`), that is XLA.
             devices: of this host; by default all its accelerators, or, where there is none, one CPU device. Batches of
                 a large input, and calls of several threads, take turns on them.
+
+        Raises:
+            ValueError: an unknown runtime, or one that does not do for this artefact or these devices.
+            ImportError: `onnxruntime` is not installed; names the extra.
         """
         self._artefact = swept
         self.rows: tuple[InstanceRow, ...] = swept.rows
@@ -77,19 +92,30 @@ class Predictor:
         model = create_model(swept.model, swept.num_classes, dtype=swept.dtype)
         preprocess = functools.partial(normalize, mean=swept.mean, std=swept.std)
         self._replicas = [_Replica(swept, model, preprocess, device) for device in chosen]
+        self.runtimes = _find_runtimes(runtime, swept.dtype, chosen)
+        self.device = describe_device(chosen[0])
+        self._sessions = OnnxSessions(swept)
+        self._runtimes: dict[tuple[SDPointInstance, int], str] = {}  # By instance and batch size, as they were asked.
+        self._swept = {key: row.instance for row in self.rows for key in (row.name, row.instance)}
+        # A search of the table takes longer than a small net.
+        self._select = functools.lru_cache(256)(self._select_anew)
         self._turns = itertools.count()
         self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}  # Batch sizes, ascending.
         self._compiled_cascades: dict[tuple[SDPointInstance, ...], tuple[int, ...]] = {}
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None) -> "Predictor":
-        """Loads and verifies the artefact at `path`, as `runs/digits/sweep/artefact`.
+    def load(
+        cls, path: str | os.PathLike, runtime: str = "auto", *, devices: Sequence[jax.Device] | None = None
+    ) -> "Predictor":
+        """Loads and verifies the artefact at `path`, as `runs/digits/sweep/artefact`; arguments as of the constructor.
 
         Raises:
             CheckpointError: there is none, it is damaged or of a newer format, or it is a checkpoint without
                 re-estimated statistics.
+            ValueError: the runtime is unknown, or does not do.
+            ImportError: it is not installed.
         """
-        return cls(artefact.load(path), devices=devices)
+        return cls(artefact.load(path), runtime=runtime, devices=devices)
 
     @property
     def instances(self) -> tuple[SDPointInstance, ...]:
@@ -103,8 +129,30 @@ class Predictor:
 
     @property
     def programs(self) -> InferencePrograms:
-        """Returns the programs of the first device."""
+        """Returns XLA's programs of the first device."""
         return self._replicas[0].programs
+
+    @property
+    def sessions(self) -> OnnxSessions:
+        """Returns the sessions of onnxruntime."""
+        return self._sessions
+
+    def runtime_of(self, instance: SDPointInstance | str, batch_size: int) -> str:
+        """Names the runtime, `xla` or `onnxruntime`, that runs an instance at a batch size.
+
+        Of two, it is the one that was measured to be the faster; see `selection.choose_runtime`. A smaller batch that
+        is padded to this size runs in the same one.
+        """
+        key = self.find(instance), batch_size
+        if key not in self._runtimes:
+            self._runtimes[key] = self._choose_runtime(*key)
+        return self._runtimes[key]
+
+    def _choose_runtime(self, instance, batch_size):
+        if len(self.runtimes) == 1:
+            return self.runtimes[0]
+        row = self._artefact.row(instance)
+        return choose_runtime(row, batch_size, device=self.device, dtype=self._artefact.dtype) or "xla"
 
     def compile(
         self,
@@ -114,6 +162,8 @@ class Predictor:
         cascades: Iterable[Cascade | str] = (),
     ) -> None:
         """Compiles ahead of time, or loads what an earlier process has compiled; from then on, nothing else is.
+
+        For onnxruntime, it opens sessions instead: one for each instance, which runs batches of any size unpadded.
 
         Args:
             instances: or their names.
@@ -128,7 +178,8 @@ class Predictor:
         if not sizes or sizes[0] < 1:
             raise ValueError(f"batch_sizes {list(sizes)}: give at least one, each at least 1")
         chosen = [self.find(instance) for instance in instances]
-        keys = [(instance, size) for instance in chosen for size in sizes]
+        keys = [(instance, size) for instance in chosen for size in sizes if self.runtime_of(instance, size) == "xla"]
+        self._sessions.open({i: None for i in chosen if any(self.runtime_of(i, size) != "xla" for size in sizes)})
         stages = [self.find_cascade(cascade).stages for cascade in cascades]
         for replica in self._replicas:
             collections.deque(replica.programs.compile(keys, workers), maxlen=0)
@@ -137,14 +188,19 @@ class Predictor:
         for instance in chosen:
             self._compiled[instance] = tuple(sorted({*self._compiled.get(instance, ()), *sizes}))
 
-    def program(self, instance: SDPointInstance | str, batch_size: int) -> Callable[[ArrayLike], jax.Array]:
-        """Returns the program of an instance for just this batch size, compiled now if it is not.
+    def program(
+        self, instance: SDPointInstance | str, batch_size: int
+    ) -> Callable[[ArrayLike], jax.Array | np.ndarray]:
+        """Returns the program of an instance for just this batch size, in its runtime, compiled now if it is not.
 
         Returns:
-            from uint8 images [batch_size, H, W, C] to logits [batch_size, K] on the first device, for which it does
-            not wait.
+            from uint8 images [batch_size, H, W, C] to logits [batch_size, K]: in XLA on the first device, for which it
+            does not wait; in onnxruntime a NumPy array, which is ready.
         """
-        return self._replicas[0].program(self.find(instance), batch_size)
+        found = self.find(instance)
+        if self.runtime_of(found, batch_size) == "onnxruntime":
+            return self._sessions[found]
+        return self._replicas[0].program(found, batch_size)
 
     def select(
         self, budget: Budget | None = None, *, max_macs: float | None = None, **settings: Any
@@ -154,7 +210,9 @@ class Predictor:
         Args:
             budget: see `selection.Budget`; None for no limit.
             max_macs: the same as `Budget(max_macs=...)`.
-            **settings: `device`, `runtime`, `dtype` and `prefer` of `selection.select`.
+            **settings: `device`, `runtime`, `dtype` and `prefer` of `selection.select`. Latency and memory are those
+                of the device at hand, of its runtimes (see `runtime_of`) and of this net's dtype, unless others are
+                named. Of another device they are used with a warning that names both.
 
         Raises:
             ValueError: an impossible budget; names the nearest possible.
@@ -163,7 +221,14 @@ class Predictor:
             if budget is not None:
                 raise ValueError(f"max_macs {max_macs:g} and budget {budget}: give one of them")
             budget = Budget(max_macs=max_macs)
-        return select(self.rows, budget or Budget(), **settings).instance
+        return self._select(budget or Budget(), **settings)
+
+    def _select_anew(self, budget, **settings):
+        if budget.is_of_measurements:
+            settings["device"] = check_device(self.rows, self.device, settings.get("device"))
+            only = self.runtimes[0] if len(self.runtimes) == 1 else None
+            settings = {"runtime": only, "dtype": self._artefact.dtype} | settings
+        return select(self.rows, budget, **settings).instance
 
     def predict(
         self,
@@ -268,9 +333,11 @@ class Predictor:
             for row, labels in zip(probabilities, best)
         ]
 
-    def _start(self, images, instance, sizes) -> tuple[jax.Array, int]:
+    def _start(self, images, instance, sizes) -> tuple[jax.Array | np.ndarray, int]:
         """Starts to classify a batch on the next device; returns its logits, padded, and how many count."""
         size = next(size for size in sizes if size >= len(images))
+        if self.runtime_of(instance, size) == "onnxruntime":
+            return self._sessions[instance](images), len(images)
         padded = np.pad(images, [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]) if size > len(images) else images
         return self._next_replica().program(instance, size)(padded), len(images)
 
@@ -288,8 +355,22 @@ class Predictor:
 
     def find(self, instance: SDPointInstance | str) -> SDPointInstance:
         """Returns the instance, or the one of that name; raises ValueError if it was not swept."""
+        if instance in self._swept:
+            return self._swept[instance]
         found = SDPointInstance.from_name(instance) if isinstance(instance, str) else instance
         return self._artefact.row(found).instance
+
+
+def describe_runtimes(
+    predictor: Predictor, instances: Iterable[SDPointInstance | str], batch_sizes: Iterable[int]
+) -> str:
+    """Says in words which runtime runs what, as `onnxruntime at batch size 1, 8; xla at batch size 32`."""
+    chosen, places = [predictor.find(instance) for instance in instances], collections.defaultdict(list)
+    for size in sorted(set(batch_sizes)):
+        counts = collections.Counter(predictor.runtime_of(instance, size) for instance in chosen)
+        for runtime, count in sorted(counts.items()):
+            places[runtime].append(f"{size}" + (f" ({count} of {len(chosen)} instances)" if len(counts) > 1 else ""))
+    return "; ".join(f"{runtime} at batch size {', '.join(sizes)}" for runtime, sizes in places.items())
 
 
 class _Replica:
@@ -311,6 +392,21 @@ class _Replica:
     def run_cascade(self, cascade, images, sizes):
         """Returns logits and stages of uint8 images."""
         return self.cascade_programs.run(cascade.stages, cascade.decide, self._params, self._batch_stats, images, sizes)
+
+
+def _find_runtimes(runtime: str, dtype: str, devices: Sequence[jax.Device]) -> tuple[str, ...]:
+    """Lists the runtimes to choose from; raises an error if the one that is wanted does not do."""
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime {runtime!r}: valid are {', '.join(RUNTIMES)}")
+    if runtime == "xla":
+        return ("xla",)
+    try:
+        check_onnxruntime(dtype, devices)
+    except (ImportError, ValueError):
+        if runtime == "onnxruntime":
+            raise
+        return ("xla",)
+    return ("onnxruntime",) if runtime == "onnxruntime" else ("xla", "onnxruntime")
 
 
 def _softmax(logits):

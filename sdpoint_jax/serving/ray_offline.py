@@ -23,6 +23,7 @@ def run_parts(
     *,
     batch_size: int = 64,
     workers: int | None = None,
+    runtime: str = "auto",
 ) -> Iterator[int]:
     """Classifies parts and writes them; yields how many images each had. The process is connected to Ray.
 
@@ -34,6 +35,7 @@ def run_parts(
         numbers: of the parts to run.
         batch_size: images that are classified at once.
         workers: predictors, a process each; by default one per GPU or TPU chip of the cluster, or one per machine.
+        runtime: of each predictor; see `Predictor`.
 
     Raises:
         ValueError: an image that cannot be used, where the plan says `error`, or a file that cannot be read or written;
@@ -45,7 +47,7 @@ def run_parts(
     parts = [{"number": number, "paths": list(inputs[plan.part(number)])} for number in numbers]
     done = ray.data.from_items(parts, override_num_blocks=len(parts)).map(
         _Worker,
-        fn_constructor_args=(artefact, plan, str(output), batch_size),
+        fn_constructor_args=(artefact, plan, str(output), batch_size, runtime),
         compute=ray.data.ActorPoolStrategy(size=min(workers or count, len(parts))),
         num_cpus=1,
         num_gpus=1 if kind == "GPU" else None,
@@ -60,14 +62,14 @@ def run_parts(
 class _Worker:
     """One process with one predictor."""
 
-    def __init__(self, artefact, plan, output, batch_size):
+    def __init__(self, artefact, plan, output, batch_size, runtime):
         from sdpoint_jax.programs.process import keep_compiled_programs
 
         keep_compiled_programs()
         from sdpoint_jax.serving.predictor import Predictor
 
         self._plan, self._output, self._batch_size = plan, pathlib.Path(output), batch_size
-        self._predictor = Predictor.load(artefact)
+        self._predictor = Predictor.load(artefact, runtime)
         self._predictor.compile([plan.instance], [batch_size])
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ print(row.name, row.top1)
 
 Costs are of three dimensions: `macs` of one image; `latency`, the median time of one call in milliseconds; `memory`,
 the planned peak of one call. The last two are those measured at one batch size, device, runtime and dtype: they are
-never extrapolated, and a row without that measurement is not offered where they count.
+never extrapolated, and a row without that measurement is not offered where they count. Where several runtimes were
+measured and none is named, the faster one counts, for each instance and batch size: predictors use it.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import decimal
 import math
 import numbers
 import reprlib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from sdpoint_jax.storage.table import InstanceRow, Latency
 
 PREFERENCES = ("most accurate", "cheapest", "cheapest within one standard error")
 DIMENSIONS = ("latency", "macs", "memory")  # In the order in which `select` compares costs.
+
+Where = tuple[str, str | None, str]  # Device, runtime (None: the faster one), dtype.
 
 _MEGABYTE = 1e6
 _LIMITS = {"max_latency_ms": "latency", "max_macs": "macs", "max_memory_mb": "memory"}
@@ -64,6 +68,11 @@ class Budget:
         return tuple(name for name in DIMENSIONS if name in limited) or ("macs",)
 
     @property
+    def is_of_measurements(self) -> bool:
+        """Tells whether it limits latency or memory, which are measured on a device."""
+        return self.dimensions != ("macs",)
+
+    @property
     def limits_a_cost(self) -> bool:
         """Tells whether any cost is limited."""
         return any(getattr(self, field) is not None for field in _LIMITS)
@@ -103,8 +112,8 @@ def select(
         rows: the table of a sweep.
         budget: what it may cost and how accurate it must be.
         device: on which latency and memory were measured; None for the only one there is.
-        runtime: likewise, as `xla`.
-        dtype: likewise, as `float32`.
+        runtime: likewise, as `xla`; None for the faster one. Memory is known for `xla` alone.
+        dtype: as `device`, `float32` or `bfloat16`.
         prefer: of the instances within the budget,
             `most accurate`: the one with the highest top-1, of equal ones the cheapest. A budget of `min_top1` alone
             has no costs to spend: it gets the `cheapest`;
@@ -167,8 +176,8 @@ def pareto_front(
         by: dimensions of cost, of `macs`, `latency`, `memory`.
         batch_size: at which latency and memory were measured. Rows that were not measured there are left out.
         device: on which they were measured; None for the only one there is.
-        runtime: likewise.
-        dtype: likewise.
+        runtime: likewise; None for the faster one.
+        dtype: as `device`.
 
     Raises:
         ValueError: an unknown dimension, or no measurement in that setting; names those that there are.
@@ -187,14 +196,17 @@ def find_setting(
     device: str | None = None,
     runtime: str | None = None,
     dtype: str | None = None,
-) -> tuple[str, str, str]:
+) -> Where:
     """Finds the one device, runtime and dtype of measurements that the arguments name.
 
     Args:
         rows: the table of a sweep.
         device: on which any of the rows was measured; None for the only one there is.
-        runtime: likewise, of those on that device.
-        dtype: likewise, of those with that runtime.
+        runtime: likewise, of those on that device; None for whichever is the faster.
+        dtype: as `device`, of those with that runtime.
+
+    Returns:
+        device, runtime and dtype; the runtime is None where several were measured and none is named.
 
     Raises:
         ValueError: nothing was measured there, or there are several and none is named; lists those that there are.
@@ -202,14 +214,65 @@ def find_setting(
     measured = [latency for row in rows for latency in row.latencies]
     if not measured:
         raise ValueError("latency and memory: not measured for any instance of this table; profile it first")
-    for field, value in (("device", device), ("runtime", runtime), ("dtype", dtype)):
-        measured = _narrow(measured, field, value)
-    return measured[0].setting[:3]
+    measured = _narrow(measured, "device", device)
+    if runtime is not None:
+        measured = _narrow(measured, "runtime", runtime)
+    measured = _narrow(measured, "dtype", dtype)
+    found, several, computed = measured[0].setting[:3], {m.runtime for m in measured}, measured[0].dtype
+    return found if len(several) == 1 else (measured[0].device, None, computed)
 
 
-def list_batch_sizes(rows: Sequence[InstanceRow], setting: tuple[str, str, str]) -> list[int]:
+def list_batch_sizes(rows: Sequence[InstanceRow], setting: Where) -> list[int]:
     """Lists the batch sizes at which any of the rows was measured in a setting; see `find_setting`."""
-    return sorted({m.batch_size for row in rows for m in row.latencies if m.setting[:3] == setting})
+    return sorted({size for row in rows for size in list_latencies(row, setting)})
+
+
+def list_latencies(row: InstanceRow, setting: Where) -> dict[int, Latency]:
+    """Lists, by batch size, what was measured in a setting; where it names no runtime, that of the faster one."""
+    device, runtime, dtype = setting
+    found: dict[int, Latency] = {}
+    for latency in row.latencies:
+        if latency.device == device and latency.dtype == dtype and runtime in (None, latency.runtime):
+            other = found.get(latency.batch_size)
+            if other is None or latency.p50_ms < other.p50_ms:
+                found[latency.batch_size] = latency
+    return found
+
+
+def choose_runtime(row: InstanceRow, batch_size: int, *, device: str, dtype: str) -> str | None:
+    """Names the runtime that was measured to be the faster one for an instance; None where nothing was measured.
+
+    A batch size that was not measured goes as the next larger one that was, or else as the largest.
+    """
+    measured = list_latencies(row, (device, None, dtype))
+    if not measured:
+        return None
+    counted = min((size for size in measured if size >= batch_size), default=max(measured))
+    return measured[counted].runtime
+
+
+def check_device(rows: Iterable[InstanceRow], at_hand: str, wanted: str | None = None) -> str:
+    """Finds the device by whose measurements to select; warns if that is not the one at hand.
+
+    Args:
+        rows: the table of a sweep.
+        at_hand: the device that is to run what is selected.
+        wanted: the device that is named; None for the one at hand.
+
+    Returns:
+        `wanted`; where there is none, the device at hand if it was measured, else the one that was measured last.
+
+    Raises:
+        ValueError: nothing was measured at all.
+    """
+    measured = list(dict.fromkeys(latency.device for row in rows for latency in row.latencies))
+    if not measured:
+        raise ValueError("latency and memory: not measured on any device; run: python -m sdpoint_jax profile ARTEFACT")
+    chosen = wanted or (at_hand if at_hand in measured else measured[-1])
+    if chosen != at_hand and chosen in measured:
+        message = f"latency measured on {chosen!r} is used on {at_hand!r}, where it may be quite another"
+        warnings.warn(f"{message}; run: python -m sdpoint_jax profile ARTEFACT", stacklevel=2)
+    return chosen
 
 
 def _narrow(measured: list[Latency], field: str, value: str | None) -> list[Latency]:
@@ -235,13 +298,22 @@ def _candidates(rows, dimensions, batch_size, device, runtime, dtype) -> tuple[A
         setting = *where, batch_size
     found = []
     for order, row in enumerate(rows):
-        measured = next((latency for latency in row.latencies if latency.setting == setting), None)
+        measured = _find_latency(row, setting, "memory" in dimensions) if setting else None
         costs = tuple(_cost(row, measured, dimension) for dimension in dimensions)
         if None not in costs:
             found.append(_Candidate(row, order, costs))
     if not found:
         raise ValueError(f"max_memory_mb: the memory of no instance is known at batch size {_describe_at(setting)}")
     return setting, found
+
+
+def _find_latency(row, setting, with_memory: bool) -> Latency | None:
+    """Finds the latency in a setting, batch size included; if memory counts, of those where it is known."""
+    *where, batch_size = setting
+    if with_memory:
+        known = tuple(latency for latency in row.latencies if latency.peak_memory_bytes is not None)
+        row = dataclasses.replace(row, latencies=known)
+    return list_latencies(row, tuple(where)).get(batch_size)
 
 
 def _affordable(rows, budget, device, runtime, dtype) -> list[_Candidate]:
@@ -341,7 +413,7 @@ def _given(value: float) -> str:
 
 def _describe(setting: Sequence) -> str:
     device, runtime, dtype = setting[:3]
-    return f"{device} ({runtime}, {dtype})"
+    return f"{device} ({runtime or 'the faster runtime'}, {dtype})"
 
 
 def _describe_at(setting: Sequence) -> str:

@@ -26,7 +26,8 @@ class ServiceSettings(pydantic.BaseModel):
         batch_sizes: of those that were profiled; none for all. As text too: `1,4,16`.
         max_queue: requests that may wait.
         max_upload_mb: largest body of a request, in MiB.
-        device: whose profile to use; None for the only one in the artefact.
+        device: whose profile to use; None for that of the device at hand.
+        runtime: `xla`, `onnxruntime` or `auto`; see `Predictor`.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +40,7 @@ class ServiceSettings(pydantic.BaseModel):
     max_queue: int = 1024
     max_upload_mb: float = 16.0
     device: str | None = None
+    runtime: str = "auto"
 
     @pydantic.field_validator("batch_sizes", mode="before")
     @classmethod
@@ -46,18 +48,22 @@ class ServiceSettings(pydantic.BaseModel):
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-def make_controller(rows: Sequence[InstanceRow], settings: ServiceSettings) -> Controller:
+def make_controller(
+    rows: Sequence[InstanceRow], settings: ServiceSettings, *, device: str | None = None, runtime: str | None = None
+) -> Controller:
     """Makes the controller of the instances that the settings name.
 
     Args:
         rows: the table of the artefact.
         settings: how it is served.
+        device: whose profile to use; None for the only one in the table.
+        runtime: likewise; None for whichever is the faster.
 
     Raises:
         ValueError: no latencies were measured, or a setting is not valid; names what is.
     """
     sizes = settings.batch_sizes or None
-    table = LatencyTable.from_rows(rows, device=settings.device, runtime="xla", batch_sizes=sizes)
+    table = LatencyTable.from_rows(rows, device=device, runtime=runtime, batch_sizes=sizes)
     names = [table.names[i] for i in table.front(range(len(table.names)))]
     if settings.instances != "pareto":
         names = list(table.names) if settings.instances == "all" else settings.instances.split(",")
@@ -73,7 +79,7 @@ def make_app(
     *,
     token: str | None = None,
     compile_first: bool = False,
-    on_ready: Callable[[LatencyTable], None] = lambda table: None,
+    on_ready: Callable[[str], None] = lambda what: None,
 ) -> "FastAPI":
     """Makes the application that serves an artefact: predictor, controller, engine and routes.
 
@@ -82,7 +88,7 @@ def make_app(
         token: without one, `PUT /budget` does not exist.
         compile_first: returns when all programs are compiled; else that starts with the application, which answers
             503 before.
-        on_ready: hears of the instances that are compiled.
+        on_ready: hears how many instances are compiled, and which runtime runs them at which batch size.
 
     Raises:
         CheckpointError: there is no sound artefact.
@@ -91,11 +97,14 @@ def make_app(
     import numpy as np  # With JAX: the caller may have prepared the process for it just now.
 
     from sdpoint_jax.serving.engine import Engine
-    from sdpoint_jax.serving.predictor import Predictor
+    from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
+    from sdpoint_jax.serving.selection import check_device
     from sdpoint_jax.serving.server import Limits, create_app
 
-    predictor = Predictor.load(settings.artefact)
-    controller = make_controller(predictor.rows, settings)
+    predictor = Predictor.load(settings.artefact, settings.runtime)
+    device = check_device(predictor.rows, predictor.device, settings.device)
+    runtime = predictor.runtimes[0] if len(predictor.runtimes) == 1 else None
+    controller = make_controller(predictor.rows, settings, device=device, runtime=runtime)
     table = controller.table
 
     def prepare():
@@ -103,7 +112,7 @@ def make_app(
         for name in table.names:
             for size in table.batch_sizes:  # The first run of a program takes longer.
                 predictor.predict(np.zeros((size, *predictor.image_shape), np.uint8), instance=name)
-        on_ready(table)
+        on_ready(f"{len(table.names)} instances in {describe_runtimes(predictor, table.names, table.batch_sizes)}")
 
     if compile_first:
         prepare()

@@ -7,7 +7,6 @@ import os
 import shutil
 import statistics
 import time
-from types import SimpleNamespace
 
 import commands
 import jax
@@ -22,6 +21,7 @@ from sdpoint_jax.profiling import latency
 from sdpoint_jax.profiling.latency import Effort, Program, Runtime, measure
 from sdpoint_jax.profiling.memory import planned_memory
 from sdpoint_jax.storage import artefact, checkpoint
+from sdpoint_jax.storage.device import describe_device
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.storage.table import Latency
 
@@ -133,7 +133,7 @@ class FakeRuntime:
     def profile(self, path, of="net", **effort):
         instances = [FULL_RESOLUTION, SDPointInstance(1, 0.5)]
         effort = Effort(**{"repeats": 8, "rounds": 4} | effort)
-        return latency.profile(self.runtime, instances, [1, 3], effort, unfinished=path, of=of)
+        return latency.profile([self.runtime], instances, [1, 3], effort, unfinished=path, of=of)
 
 
 def test_a_profile_has_a_latency_for_each_instance_and_batch_size(tmp_path):
@@ -195,32 +195,9 @@ def test_the_planned_memory_is_that_of_arguments_outputs_and_temporaries():
     assert planned_memory(lambda x: x) is None
 
 
-def test_a_device_is_named_with_its_threads(monkeypatch):
-    monkeypatch.delenv("NPROC", raising=False)
-    threads = len(os.sched_getaffinity(0))
-    assert latency.describe_device().startswith("cpu: ")
-    assert latency.describe_device().endswith(f", {threads} thread" + "s" * (threads > 1))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5})
-    assert latency.describe_device().endswith(", 3 threads")
-    monkeypatch.setenv("NPROC", "12")
-    assert latency.describe_device().endswith(", 12 threads")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    assert latency.describe_device().endswith(", 1 thread")
-    assert latency.describe_device(SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")) == "gpu: NVIDIA H100"
-
-
 def measured(device, batch_size=1, **values):
     fields = dict(p50_ms=2.0, p95_ms=3.0, repeats=9, peak_memory_bytes=None, compile_seconds=None, versions={})
     return Latency(device, "xla", "float32", batch_size, **fields | values)
-
-
-def test_latency_of_another_device_is_a_warning_that_names_both():
-    latencies = [measured("gpu: a"), measured("gpu: b")]
-    assert latency.check_device(latencies, "gpu: a") == "gpu: a"
-    with pytest.warns(UserWarning, match="measured on 'gpu: b' is used on 'cpu: c', .*; run: .* profile"):
-        assert latency.check_device(latencies, "cpu: c") == "gpu: b"
-    with pytest.raises(ValueError, match="latency: not measured on any device"):
-        latency.check_device([], "cpu: c")
 
 
 @pytest.mark.parametrize("load, warns", [(0.2, False), (1.3, True)])
@@ -249,8 +226,8 @@ def sweep_folder(swept, tmp_path):
 
 
 def test_the_command_puts_latencies_into_the_artefact_and_the_files_of_the_sweep(sweep_folder, swept, capsys):
-    path, device = sweep_folder / "artefact", latency.describe_device()
-    commands.run("profile", path, "--batch-sizes=2,1", "--repeats=2")
+    path, device = sweep_folder / "artefact", describe_device()
+    commands.run("profile", path, "--batch-sizes=2,1", "--repeats=2", "--runtime=xla")
     rows = artefact.load(path).rows
     assert [dataclasses.replace(row, latencies=()) for row in rows] == list(swept.rows)
     settings = [(device, "xla", "float32", size) for size in (1, 2)]
@@ -264,7 +241,7 @@ def test_the_command_puts_latencies_into_the_artefact_and_the_files_of_the_sweep
     assert not list(sweep_folder.glob("*profiling*"))
     assert f"latency on {device}" in capsys.readouterr().out
 
-    commands.run("profile", path, "--batch-sizes=2", "--repeats=1", "--instances=p02_r0.50")
+    commands.run("profile", path, "--batch-sizes=2", "--repeats=1", "--instances=p02_r0.50", "--runtime=xla")
     again = artefact.load(path).rows
     repeats = {row.name: [row.latency(setting).repeats for setting in settings] for row in again}
     assert repeats == {row.name: [2, 1 if row.name in ("full", "p02_r0.50") else 2] for row in rows}
@@ -272,10 +249,28 @@ def test_the_command_puts_latencies_into_the_artefact_and_the_files_of_the_sweep
 
 def test_an_artefact_by_itself_is_profiled_too(sweep_folder, tmp_path):
     (sweep_folder / "artefact").rename(tmp_path / "mine")
-    commands.run("profile", tmp_path / "mine", "--batch-sizes=1", "--repeats=1", "--instances=pareto")
+    commands.run("profile", tmp_path / "mine", "--batch-sizes=1", "--repeats=1", "--instances=pareto", "--runtime=xla")
     rows = artefact.load(tmp_path / "mine").rows
     assert rows[0].latencies and 0 < sum(not row.latencies for row in rows)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "mine", "sweep"]
+
+
+def test_both_runtimes_are_measured_in_turns_and_the_faster_one_is_named(sweep_folder, capsys):
+    pytest.importorskip("onnxruntime")
+    path, device = sweep_folder / "artefact", describe_device()
+    commands.run("profile", path, "--batch-sizes=1,3", "--repeats=2", "--instances=p01_r0.50")
+    out = capsys.readouterr().out
+    assert "onnxruntime, float32" in out and "xla, float32" in out and "a predictor uses " in out
+    measured = [row for row in artefact.load(path).rows if row.latencies]
+    assert [row.name for row in measured] == ["full", "p01_r0.50"]
+    settings = {(device, runtime, "float32", size) for runtime in ("xla", "onnxruntime") for size in (1, 3)}
+    assert all({found.setting for found in row.latencies} == settings for row in measured)
+    versions = measured[0].latency((device, "onnxruntime", "float32", 1)).versions
+    assert "onnxruntime" in versions and "jax" not in versions
+    commands.run("select", path, "--max-latency-ms=1e6")
+    assert commands.error_of(capsys, "profile", path, "--runtime=tvm") == (
+        "error: --runtime=tvm: valid are all, xla, onnxruntime\n"
+    )
 
 
 def test_evaluate_ends_with_a_profile(swept, tmp_path, capsys):
@@ -285,9 +280,8 @@ def test_evaluate_ends_with_a_profile(swept, tmp_path, capsys):
     assert "--profile=0: give batch sizes from 1 on" in commands.error_of(capsys, "evaluate", *arguments, "--profile=0")
     assert not output.exists()
     commands.run("evaluate", *arguments, "--profile=4")
-    assert [[found.batch_size for found in row.latencies] for row in artefact.load(output / "artefact").rows] == [
-        [4]
-    ] * 2
+    rows = artefact.load(output / "artefact").rows
+    assert [{found.batch_size for found in row.latencies} for row in rows] == [{4}] * 2
     assert (output / "latency.png").is_file()
 
 

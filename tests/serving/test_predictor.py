@@ -1,6 +1,7 @@
 """A predictor gives what the net gives with the instance's own statistics, within the budget."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -21,9 +22,11 @@ from sdpoint_jax.evaluation import sweep
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.cascade import Cascade, confidence
 from sdpoint_jax.models.functional import normalize
-from sdpoint_jax.serving.predictor import Predictor
+from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
 from sdpoint_jax.serving.selection import Budget
 from sdpoint_jax.storage import artefact, checkpoint
+from sdpoint_jax.storage.device import describe_device
+from sdpoint_jax.storage.table import Latency
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = (
@@ -307,3 +310,101 @@ def test_an_artefact_of_the_first_format_is_read_and_one_of_a_later_is_refused(s
     checkpoint.save(tmp_path / "odd", arrays, record | {"table": [{"instance": "full"}]})
     with pytest.raises(checkpoint.CheckpointError, match="odd: not a sound artefact: not a row"):
         Predictor.load(tmp_path / "odd")
+
+
+MEASURED = {"full": {1: (2.0, 1.0), 8: (4.0, 6.0)}, "p01_r0.50": {1: (2.0, 3.0), 8: (4.0, 3.0)}}  # XLA, onnxruntime.
+
+
+@pytest.fixture
+def profiled(swept):
+    """The artefact with made-up latencies of two instances in both runtimes, on the device at hand."""
+    found = artefact.load(swept.folder / "artefact")
+    return found.with_rows([_with_latencies(row, describe_device()) for row in found.rows])
+
+
+def _with_latencies(row, device):
+    for size, values in MEASURED.get(row.name, {}).items():
+        for runtime, ms in zip(("xla", "onnxruntime"), values):
+            row = row.with_latency(Latency(device, runtime, "float32", size, ms, ms, 9, None, None, {}))
+    return row
+
+
+@pytest.fixture
+def with_onnxruntime():
+    pytest.importorskip("onnxruntime")
+
+
+def test_the_faster_runtime_is_used_for_each_instance_and_batch_size(profiled, test_images, with_onnxruntime):
+    predictor, images = Predictor(profiled), test_images[0]
+    sizes = (1, 3, 8, 9)
+    assert predictor.runtimes == ("xla", "onnxruntime")
+    assert [predictor.runtime_of("full", size) for size in sizes] == ["onnxruntime", "xla", "xla", "xla"]
+    assert [predictor.runtime_of("p01_r0.50", size) for size in sizes] == ["xla", *["onnxruntime"] * 3]
+    assert predictor.runtime_of("p02_r0.50", 1) == "xla"  # Not measured.
+    assert describe_runtimes(predictor, ["full", "p01_r0.50"], [8, 1, 9]) == (
+        "onnxruntime at batch size 1 (1 of 2 instances), 8 (1 of 2 instances), 9 (1 of 2 instances); "
+        "xla at batch size 1 (1 of 2 instances), 8 (1 of 2 instances), 9 (1 of 2 instances)"
+    )
+    reference = Predictor(profiled, runtime="xla")
+    assert describe_runtimes(reference, ["full", "p01_r0.50"], [8, 1]) == "xla at batch size 1, 8"
+    for name, count in (("full", 1), ("full", 8), ("p01_r0.50", 1), ("p01_r0.50", 5)):
+        expected = reference.predict(images[:count], instance=name)
+        np.testing.assert_allclose(predictor.predict(images[:count], instance=name), expected, rtol=1e-4, atol=1e-5)
+    assert {instance.name for instance in predictor.sessions} == {"full", "p01_r0.50"}
+    assert {(instance.name, size) for instance, size in predictor.programs} == {("full", 8), ("p01_r0.50", 1)}
+    assert not len(reference.sessions)
+
+
+def test_onnxruntime_alone_compiles_nothing_and_pads_nothing(profiled, test_images, with_onnxruntime):
+    predictor, images = Predictor(profiled, runtime="onnxruntime"), test_images[0]
+    predictor.compile(["full", "p02_r0.50"], [4])
+    assert len(predictor.sessions) == 2
+    seen, session = [], predictor.sessions._programs[FULL_RESOLUTION]
+    predictor.sessions._programs[FULL_RESOLUTION] = lambda images: seen.append(len(images)) or session(images)
+    found = predictor.predict(images[:11], instance="full")
+    np.testing.assert_allclose(
+        found, Predictor(profiled, runtime="xla").predict(images[:11], instance="full"), atol=1e-4
+    )
+    assert seen == [4, 4, 3]
+    assert len(predictor.sessions) == 2 and not len(predictor.programs)
+    program = predictor.program("full", 4)
+    np.testing.assert_allclose(program(jnp.asarray(images[:4])), found[:4], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="instance p01_r0.50: not compiled"):
+        predictor.predict(images[:1], instance="p01_r0.50")
+
+
+def test_threads_get_their_own_answers_from_two_runtimes(profiled, test_images, with_onnxruntime):
+    test_threads_get_the_answers_to_their_own_images(Predictor(profiled), test_images)
+
+
+def test_where_onnxruntime_does_not_do_xla_runs_everything(profiled, monkeypatch):
+    bfloat16 = dataclasses.replace(profiled, dtype="bfloat16")
+    assert Predictor(bfloat16).runtimes == ("xla",)
+    assert Predictor(profiled, devices=jax.local_devices()[:2]).runtimes == ("xla",)
+    with pytest.raises(ValueError, match="runtime 'tvm': valid are auto, xla, onnxruntime"):
+        Predictor(profiled, runtime="tvm")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    predictor = Predictor(profiled)
+    assert predictor.runtime_of("full", 1) == "xla"
+    assert predictor.select(Budget(max_latency_ms=2.0)).name in MEASURED
+    with pytest.raises(ValueError, match="max_latency_ms 1.5: the fastest instance"):
+        predictor.select(Budget(max_latency_ms=1.5))
+    with pytest.raises(ImportError, match=r"needs onnxruntime, pip install 'sdpoint_jax\[onnx\]'"):
+        Predictor(profiled, runtime="onnxruntime")
+
+
+def test_selection_by_latency_counts_the_runtime_that_runs(profiled, with_onnxruntime):
+    budget = Budget(max_latency_ms=1.5)
+    assert Predictor(profiled).select(budget).name == "full"
+    assert Predictor(profiled, runtime="onnxruntime").select(budget).name == "full"
+    with pytest.raises(ValueError, match="max_latency_ms 1.5: the fastest instance, .* takes 2.0 ms .*xla"):
+        Predictor(profiled, runtime="xla").select(budget)
+
+
+def test_selection_by_latency_of_another_device_is_a_warning_that_names_both(swept):
+    found = artefact.load(swept.folder / "artefact")
+    predictor = Predictor(found.with_rows([_with_latencies(row, "cpu: other") for row in found.rows]), runtime="xla")
+    with pytest.warns(UserWarning, match=f"measured on 'cpu: other' is used on '{predictor.device}'"):
+        predictor.select(Budget(max_latency_ms=2.0))
+    assert predictor.select(Budget(max_macs=10**9)).name  # Without a warning.

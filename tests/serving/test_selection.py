@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from sdpoint_jax.instance import list_instances
-from sdpoint_jax.serving.selection import PREFERENCES, Budget, pareto_front, select
+from sdpoint_jax.serving.selection import PREFERENCES, Budget, check_device, choose_runtime, pareto_front, select
 from sdpoint_jax.storage.table import InstanceRow, Latency
 
 INSTANCES = list_instances(9, has_stem_point=False)
@@ -176,21 +176,68 @@ def test_a_row_without_the_measurement_is_not_offered_within_a_latency():
     assert select(rows, Budget()) == rows[2]
 
 
-def test_several_devices_runtimes_and_dtypes_must_be_told_apart():
+def test_several_devices_and_dtypes_must_be_told_apart():
     rows = [row(0, 100, 0.9, latency(2.0), latency(1.0, device="tpu v5e"), latency(0.5, runtime="onnxruntime"))]
     budget = Budget(max_latency_ms=1.5)
     with pytest.raises(ValueError, match="^device: measured are cpu, 2 threads, tpu v5e; name one of them$"):
         select(rows, budget)
     with pytest.raises(ValueError, match="^device 'gpu': measured are cpu, 2 threads, tpu v5e$"):
         select(rows, budget, device="gpu")
-    with pytest.raises(ValueError, match="^runtime: measured are onnxruntime, xla; name one of them$"):
-        select(rows, budget, device=DEVICE)
+    with pytest.raises(ValueError, match="^runtime 'tvm': measured are onnxruntime, xla$"):
+        select(rows, budget, device=DEVICE, runtime="tvm")
     with pytest.raises(ValueError, match="takes 2.0 ms at batch size 1 on cpu, 2 threads"):
         select(rows, budget, device=DEVICE, runtime="xla")
     assert select(rows, budget, device="tpu v5e") == rows[0]
     assert select(rows, budget, device=DEVICE, runtime="onnxruntime") == rows[0]
     with pytest.raises(ValueError, match="^dtype 'bfloat16': measured are float32$"):
         select(rows, budget, device="tpu v5e", dtype="bfloat16")
+
+
+def two_runtimes():
+    """Onnxruntime is the faster for the first instance at batch size 1 and 8, for the second at 1 alone."""
+    fast = [latency(1.0, runtime="onnxruntime"), latency(9.0, batch_size=8, runtime="onnxruntime")]
+    slow = [latency(1.5, runtime="onnxruntime"), latency(30.0, batch_size=8, runtime="onnxruntime")]
+    return [
+        row(0, 100, 0.9, latency(2.0, memory=20_000_000), latency(12.0, batch_size=8, memory=90_000_000), *fast),
+        row(1, 40, 0.8, latency(1.8, memory=10_000_000), latency(8.0, batch_size=8, memory=50_000_000), *slow),
+    ]
+
+
+def test_of_two_runtimes_the_faster_one_counts_for_each_instance_and_batch_size():
+    rows = two_runtimes()
+    assert select(rows, Budget(max_latency_ms=1.2)) == rows[0]
+    assert select(rows, Budget(max_latency_ms=8.5, batch_size=8)) == rows[1]
+    assert pareto_front(rows, ["latency"], batch_size=8) == [rows[1], rows[0]]
+    assert select(rows, Budget(max_latency_ms=1.9), runtime="xla") == rows[1]
+    with pytest.raises(ValueError, match="fastest instance, .*, takes 1.0 ms .* on cpu, 2 threads .the faster runtime"):
+        select(rows, Budget(max_latency_ms=0.5))
+
+
+def test_memory_is_that_of_the_runtime_where_it_is_known():
+    rows = two_runtimes()
+    assert select(rows, Budget(max_memory_mb=15)) == rows[1]
+    with pytest.raises(ValueError, match="memory of no instance is known"):
+        select(rows, Budget(max_memory_mb=15), runtime="onnxruntime")
+
+
+def test_a_batch_size_that_was_not_measured_goes_as_the_next_larger_one():
+    first, second = two_runtimes()
+    where = dict(device=DEVICE, dtype="float32")
+    assert [choose_runtime(first, size, **where) for size in (1, 2, 8, 9)] == ["onnxruntime"] * 4
+    assert [choose_runtime(second, size, **where) for size in (1, 2, 8, 9)] == ["onnxruntime", "xla", "xla", "xla"]
+    assert choose_runtime(first, 1, device="gpu: a", dtype="float32") is None
+    assert choose_runtime(first, 1, device=DEVICE, dtype="bfloat16") is None
+
+
+def test_latency_of_another_device_is_a_warning_that_names_both():
+    rows = [row(0, 100, 0.9, latency(1.0, device="gpu: a"), latency(1.0, device="gpu: b"))]
+    assert check_device(rows, "gpu: a") == "gpu: a"
+    for wanted in (None, "gpu: b"):
+        with pytest.warns(UserWarning, match="measured on 'gpu: b' is used on 'cpu: c', .*; run: .* profile"):
+            assert check_device(rows, "cpu: c", wanted) == "gpu: b"
+    assert check_device(rows, "cpu: c", "gpu: unknown") == "gpu: unknown"  # Selecting then says what was measured.
+    with pytest.raises(ValueError, match="not measured on any device; run: .* profile"):
+        check_device([row(0, 100, 0.9)], "cpu: c")
 
 
 def test_a_table_without_measurements_says_so():
