@@ -28,6 +28,7 @@ PRESETS = {
     "small": dict(loads="0.5,1,2", seeds=3, policies="full,cheapest,slackfit,headroom"),
     "full": dict(loads="0.3,0.5,1,2,4", seeds=10, policies="full,cheapest,slackfit,headroom,headroom:0"),
 }
+HALVES = {"both": (0.0, 1.0), "first": (0.0, 0.5), "second": (0.5, 1.0)}
 COLUMNS = {"attainment": 100, "accuracy": 100, "effective": 100, "refused": 100, "p50_ms": 1, "p99_ms": 1}
 
 # MACs of ResNet-20 for an image of 32x32, by block and ratio.
@@ -101,7 +102,12 @@ class Outcome:
 
 
 def simulate(
-    controller: Controller, arrivals: np.ndarray, patience: np.ndarray, machine: Machine, seed: int
+    controller: Controller,
+    arrivals: np.ndarray,
+    patience: np.ndarray,
+    machine: Machine,
+    seed: int,
+    max_macs: Sequence[float | None] | None = None,
 ) -> Outcome:
     """Lets a controller answer requests on a simulated machine.
 
@@ -111,6 +117,7 @@ def simulate(
         patience: [N], seconds from arrival to deadline.
         machine: how long batches take.
         seed: of its bias and noise.
+        max_macs: of each request, where they have limits.
 
     Returns:
         the outcome when all has been answered or given up.
@@ -123,7 +130,8 @@ def simulate(
     while number < total or running:
         if number < total and (not running or times[number] <= running[0][0]):
             now = times[number]
-            refused[number] = isinstance(controller.submit(Request(number, deadlines[number]), now), Refused)
+            request = Request(number, deadlines[number], max_macs=max_macs[number] if max_macs else None)
+            refused[number] = isinstance(controller.submit(request, now), Refused)
             number += 1
         else:
             now, _, batch = heapq.heappop(running)
@@ -187,12 +195,19 @@ def read_rows(path: str) -> list[InstanceRow]:
         content = json.loads(pathlib.Path(path).read_bytes())
         if isinstance(content, dict):
             content = content.get("instances", content.get("table"))
-        return [InstanceRow.from_record(record) for record in content]
+        return [InstanceRow.from_record(_without_derived(record)) for record in content]
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--table={path}: {error}") from None
 
 
-def unit_arrivals(source: str, requests: int, seed: int) -> np.ndarray:
+def _without_derived(record):
+    """Returns a record of a row without what sweep.json has beside it, which follows from the rest."""
+    own, timed = ({field.name for field in dataclasses.fields(kind)} for kind in (InstanceRow, Latency))
+    latencies = [{key: latency[key] for key in latency.keys() & timed} for latency in record.get("latencies", ())]
+    return {key: record[key] for key in record.keys() & own} | {"latencies": latencies}
+
+
+def unit_arrivals(source: str, requests: int, seed: int, half: str = "both") -> np.ndarray:
     """Makes arrivals of one a second on average.
 
     Args:
@@ -200,6 +215,7 @@ def unit_arrivals(source: str, requests: int, seed: int) -> np.ndarray:
             `gamma:CV`, gaps from a Gamma distribution with that coefficient of variation.
         requests: how many, of the Gamma process.
         seed: likewise; the times of a file are the same for every seed.
+        half: of the file's requests: both, first or second.
 
     Returns:
         [N], ascending, from 0.
@@ -223,13 +239,15 @@ def unit_arrivals(source: str, requests: int, seed: int) -> np.ndarray:
             raise ValueError("it needs two or more times")
     except (OSError, ValueError) as error:
         raise ValueError(f"--arrivals={source}: {error}") from None
+    begin, end = (int(share * len(times)) for share in HALVES[half])
+    times = times[begin:end]
     return (times - times[0]) * len(times) / (times[-1] - times[0])
 
 
 def run(options: argparse.Namespace, table: LatencyTable, policy: str, load: float, seed: int) -> Outcome:
     """Simulates one policy under one load."""
     full = float(table.per_image[np.argmax(table.macs)])
-    arrivals = unit_arrivals(options.arrivals, options.requests, seed) * full / (load * options.workers)
+    arrivals = unit_arrivals(options.arrivals, options.requests, seed, options.half) * full / (load * options.workers)
     low, high = options.deadlines_ms
     patience = np.random.default_rng([seed, 3]).uniform(low / 1e3, high / 1e3, len(arrivals))
     controller = Controller(
@@ -363,6 +381,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="of the table, if it has several")
     parser.add_argument("--lowest-top1", type=float, default=0.84, help="made up: of the cheapest instance")
     parser.add_argument("--arrivals", default="gamma:4", help="CSV file of times, or gamma:CV")
+    parser.add_argument("--half", choices=HALVES, default="both", help="of the file: the first to tune on, the second")
     parser.add_argument("--requests", type=int, default=8000, help="of the Gamma process")
     parser.add_argument("--deadlines-ms", type=_span, default=(36.0, 200.0), help="after arrival, uniform, as 36:200")
     parser.add_argument("--workers", type=int, default=1, help="that run batches at the same time")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from sdpoint_jax.serving.controller import Controller, LatencyTable
+from sdpoint_jax.serving.controller import Controller
+from sdpoint_jax.serving.latency_table import LatencyTable
 from sdpoint_jax.storage.table import InstanceRow
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 httpx = pytest.importorskip("httpx2", reason="needs the extra dev")
 from fastapi.testclient import TestClient  # noqa: E402
 
-from sdpoint_jax.serving.server import Limits, create_app  # noqa: E402
+from sdpoint_jax.serving import server  # noqa: E402
+from sdpoint_jax.serving.server import Delay, Limits, create_app  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +333,37 @@ def test_a_body_that_never_ends_is_not_waited_for(running):
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1073741824\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
     assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_deadlines_leave_time_for_the_layers_around_the_queue_and_it_is_forgotten(monkeypatch):
+    delay = Delay()
+    for _ in range(100):
+        delay.count(0.02)
+    assert delay.seconds == pytest.approx(0.02, rel=0.01)
+    delay.count(0.18)  # A single slow answer changes little.
+    assert delay.seconds == pytest.approx(0.04, rel=0.01)
+
+    async def block():
+        watching = asyncio.create_task(delay.watch())
+        await asyncio.sleep(0.02)
+        time.sleep(0.2)
+        await asyncio.sleep(0.001)
+        late = delay.before
+        while delay.seconds > 0.001:
+            await asyncio.sleep(0.02)
+        watching.cancel()
+        return late
+
+    monkeypatch.setattr(server, "_FORGETTING", 0.5)
+    assert asyncio.run(asyncio.wait_for(block(), 20)) > 0.1
+
+
+def test_what_could_not_even_be_read_in_time_is_refused(predictor, monkeypatch):
+    app = create_app(predictor, make_engine(predictor, objective=30.0))
+    with TestClient(app) as client:
+        wait_until_ready(client)
+        monkeypatch.setattr(Delay, "before", property(lambda self: 2.0, lambda self, value: None), raising=False)
+        refused = client.post("/predict?deadline_ms=1900", content=npy(np.zeros((8, 8, 1), np.uint8)))
+        assert refused.status_code == 503 and "faster than they can be read" in refused.text
+        assert refused.headers["Retry-After"] == "1"
+        assert client.post("/predict", content=npy(np.zeros((8, 8, 1), np.uint8))).status_code == 200

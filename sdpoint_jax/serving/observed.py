@@ -1,0 +1,96 @@
+"""What the controller learns while it runs: how requests come, and what batches take. No JAX."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from sdpoint_jax.serving.latency_table import LARGEST_MARGIN, LatencyTable
+from sdpoint_jax.serving.line import Batch
+
+SCALES = (1 / 16, 1 / 4, 1.0)  # In objectives: how far back the rate of arrivals is looked at.
+
+_PATIENCE_STEP = 0.05
+_TAIL, _MARGIN_STEP = 0.95, 0.02
+_RECENT_BATCHES = 5  # Their median is a worker's slowness: up to two outliers do not count, a change does after three.
+_INSTANCE_STEP, _LARGEST_SURPRISE = 0.02, 0.25
+
+
+class Arrivals:
+    """Counts how many requests came of late, and how much time they left.
+
+    Attributes:
+        objective: seconds within which a request is to be answered.
+        patience: seconds that requests leave for an answer, on average; at most the objective.
+    """
+
+    def __init__(self, objective: float):
+        """Starts without any."""
+        self._scales = [scale * objective for scale in SCALES]
+        self._counts, self._last = [0.0] * len(SCALES), -math.inf
+        self.objective, self.patience = objective, objective
+
+    def count(self, now: float, patience: float) -> None:
+        """Counts one that comes now and leaves so many seconds."""
+        self._counts = [1 + count for count in self._faded(now)]
+        self._last = now
+        self.patience += _PATIENCE_STEP * (min(max(patience, 0.0), self.objective) - self.patience)
+
+    def recent(self, now: float) -> list[tuple[float, float]]:
+        """Returns some spans of time, in seconds, and about how many others came within each before the last one.
+
+        That one came when it did says nothing about the rate.
+        """
+        return [(scale, max(0.0, count - 1)) for scale, count in zip(self._scales, self._faded(now))]
+
+    def _faded(self, now: float) -> list[float]:
+        passed = now - self._last
+        return [count * math.exp(-passed / scale) for count, scale in zip(self._counts, self._scales)]
+
+
+class Pace:
+    """Follows what batches take at present, over what was profiled.
+
+    A worker's slowness is the median over its last batches; that of an instance beside it changes little by little;
+    the margin follows the quantile that batches exceed the expectation by.
+
+    Attributes:
+        correction: [I], by which the times of an instance are multiplied on every worker.
+        margin: most batches take no longer than this times what is expected.
+    """
+
+    def __init__(self, table: LatencyTable, workers: int):
+        """Starts as profiled."""
+        self._table, self.margin = table, table.margin
+        self.correction = np.ones(len(table.names))
+        self._ratios = [deque([1.0] * _RECENT_BATCHES, maxlen=_RECENT_BATCHES) for _ in range(workers)]
+
+    def slowness(self, worker: int) -> float:
+        """Returns how much longer than profiled the batches of a worker take."""
+        return statistics.median(self._ratios[worker])
+
+    @property
+    def mean_slowness(self) -> float:
+        """Returns the mean over the workers."""
+        return statistics.fmean(map(statistics.median, self._ratios))
+
+    @property
+    def least_slowness(self) -> float:
+        """Returns that of the quickest worker."""
+        return min(map(statistics.median, self._ratios))
+
+    def quickest(self, options: Iterable[int], slowness: float, margin: float = 1.0) -> float:
+        """Returns the seconds of the smallest batch on the quickest of the instances."""
+        return min(self._table.seconds[i, 0] * self.correction[i] for i in options) * slowness * margin
+
+    def observe(self, batch: Batch, seconds: float) -> None:
+        """Learns from a batch that took so many seconds."""
+        instance = self._table.index_of(batch.instance)
+        profiled = self._table.seconds[instance, self._table.batch_sizes.index(batch.batch_size)]
+        self._ratios[batch.worker].append(float(seconds / (profiled * self.correction[instance])))
+        surprise = min(max(-_LARGEST_SURPRISE, math.log(seconds / batch.seconds)), _LARGEST_SURPRISE)
+        self.correction[instance] *= math.exp(_INSTANCE_STEP * surprise)
+        step = _TAIL if seconds > batch.seconds * self.margin else _TAIL - 1
+        self.margin = min(max(1.0, self.margin + _MARGIN_STEP * step), LARGEST_MARGIN)

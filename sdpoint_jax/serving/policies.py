@@ -1,0 +1,270 @@
+"""Which instance runs next, and in which batch size: the policies of the controller. No JAX."""
+
+import bisect
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from sdpoint_jax.serving.latency_table import LatencyTable
+from sdpoint_jax.serving.line import Line
+from sdpoint_jax.serving.observed import Arrivals, Pace
+
+# Not published. Of 4, 8, 16, 32 and 64 on a simulated processor, none lets SlackFit answer clearly more in time.
+SLACKFIT_BUCKETS = 16
+
+_TOLERANCE = 1.05  # A smaller batch is worth this much more time for an image: it keeps others waiting less.
+
+
+class Plan:
+    """Foresees what would become of the queue, from what is known when a batch is chosen.
+
+    Attributes:
+        table: as profiled.
+        line: the cost class of the most urgent request; None where nothing waits.
+        slack: seconds until that one's deadline.
+        seconds: [I, S], expected time of a batch.
+        margin: most batches take no longer than this times that.
+        outlook: for how long the recent peak of arrivals is expected to go on, in objectives.
+    """
+
+    def __init__(
+        self,
+        table: LatencyTable,
+        lines: Iterable[Line],
+        arrivals: Arrivals,
+        pace: Pace,
+        *,
+        now: float,
+        slowness: float,
+        busy: float,
+        workers: int,
+        max_queue: int,
+        outlook: float,
+    ):
+        """Looks at what waits.
+
+        Args:
+            table: as profiled.
+            lines: of all cost classes.
+            arrivals: of late.
+            pace: of batches.
+            now: the time.
+            slowness: of the worker that will run the batch.
+            busy: seconds of work in progress, of all workers.
+            workers: how many.
+            max_queue: most requests that wait.
+            outlook: see the attribute.
+        """
+        self.table, self.margin, self.outlook = table, pace.margin, outlook
+        self._factors = pace.correction * slowness
+        self.seconds = table.seconds * self._factors[:, None]
+        self._lines = [line for line in lines if line]
+        self.line = min(self._lines, key=lambda line: line.deadlines[0], default=None)
+        self.slack = self.line.deadlines[0] - now if self.line else math.inf
+        self._now, self._workers, self._busy = now, workers, busy
+        self._arrivals, self._max_queue = arrivals, max_queue
+
+    def sizes(self, instance: int, hurry: bool = False) -> list[int]:
+        """Lists the numbers of the largest batch sizes to try for the most urgent class, the best first.
+
+        That is the smallest one that is about as quick as any, for what waits; in a hurry, the quickest. Then come the
+        larger ones, then the smaller ones.
+        """
+        best = self._best_size(len(self.line), instance, 1.0 if hurry else _TOLERANCE)
+        useful = bisect.bisect_left(self.table.batch_sizes, min(len(self.line), self.table.batch_sizes[-1])) + 1
+        return [*range(best, max(useful, best + 1)), *reversed(range(best))]
+
+    def _best_size(self, count: int, instance: int, tolerance: float) -> int:
+        work = self.table.work[instance, :, min(count, self.table.batch_sizes[-1])]
+        return int(np.argmax(work <= tolerance * work.min()))
+
+    def lateness(self, instance: int, size: int, *, level: float = 0.0, since: float = -math.inf) -> float:
+        """Returns by how many seconds a deadline is missed if the queue is drained from now on.
+
+        The most urgent class is run on one instance in batches of limited size, the other classes on theirs at a level,
+        in the batch sizes that are best for them. A batch ends at the latest when all work before it is done, shared by
+        the workers, and then its own.
+
+        Args:
+            instance: its number.
+            size: number of the largest batch size.
+            level: seconds for an image, that the others may take; 0 for the fastest instances.
+            since: only batches count that hold requests with a deadline from this one on.
+
+        Returns:
+            the largest lateness of a batch; negative where all are in time.
+        """
+        parts = [self._batches(self.line, instance, size)]
+        for line in self._lines:
+            if line is not self.line:
+                option = line.at_level(level)
+                parts.append(self._batches(line, option, self._best_size(len(line), option, _TOLERANCE)))
+        deadlines, times = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts))
+        if len(parts) > 1:
+            order = np.argsort(deadlines, kind="stable")
+            deadlines, times = deadlines[order], times[order]
+        before = np.cumsum(times) - times + self._busy
+        late = self._now + before / self._workers + times * self.margin - deadlines
+        return float(late[max(0, int(np.searchsorted(deadlines, since, "right")) - 1) :].max())
+
+    def least_lateness(self, since: float) -> float:
+        """Returns the lateness on the fastest instances in the batch size that is best for it, if none fits."""
+        least = math.inf
+        for size in self.sizes(self.line.fastest):
+            least = min(least, self.lateness(self.line.fastest, size, since=since))
+            if least <= 0:
+                break
+        return least
+
+    def has_headroom(self, instance: int, outlook: float) -> bool:
+        """Tells whether what waits and what may come can be answered at the level of an instance.
+
+        On each span of the recent past, requests go on to come as fast as they did within it.
+
+        Args:
+            instance: its number.
+            outlook: for how long, in objectives.
+        """
+        each = self.table.per_image[instance] * self._factors[instance] / self._workers
+        ahead = outlook * self._arrivals.objective
+        room = min(self._arrivals.patience, self._max_queue * each)
+        ready = ahead + room - self._busy / self._workers
+        waiting = sum(map(len, self._lines))
+        recent = self._arrivals.recent(self._now)
+        return all((waiting + count * ahead / span) * each <= ready for span, count in recent)
+
+    def _batches(self, line: Line, instance: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Deadlines and times of the batches that a line is cut into; the last one may be cut further."""
+        deadlines = np.array(line.deadlines[:: self.table.batch_sizes[size]])
+        times = np.full(len(deadlines), self.seconds[instance, size])
+        if rest := len(line) % self.table.batch_sizes[size]:
+            times[-1] = self.table.work[instance, size, rest] * self._factors[instance]
+        return deadlines, times
+
+
+def headroom(plan: Plan, outlook: float | None = None) -> tuple[int, int]:
+    """Runs the most accurate instance at whose level the queue is answered in time, and what else may come.
+
+    Accuracy grows ever less with cost, so that a queue is best answered at one level all through; and a service that
+    only looks at what already waits learns of an outburst when it has no time left for it. So the rate of arrivals is
+    looked at over short spans of the recent past, and the highest is expected to go on for a while: for longer, the
+    more recently a request was lost.
+
+    Args:
+        plan: what is known.
+        outlook: for how long, in objectives, instead of that. More answers more requests in an outburst, less answers
+            them more accurately.
+
+    Returns:
+        numbers of the instance and of the largest batch size.
+    """
+    outlook = plan.outlook if outlook is None else outlook
+    for instance in plan.line.options:
+        if plan.has_headroom(instance, outlook):
+            for size in plan.sizes(instance):
+                if plan.lateness(instance, size, level=plan.table.per_image[instance]) <= 0:
+                    return instance, size
+    return keep_deadlines(plan, hurry=True)
+
+
+def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
+    """Runs the fastest instance that keeps all deadlines, or else the most requests that the first deadline allows.
+
+    Args:
+        plan: what is known.
+        hurry: whether time for an image counts more than the time of a batch.
+
+    Returns:
+        numbers of the instance and of the largest batch size.
+    """
+    by_speed = sorted(plan.line.options, key=lambda i: plan.table.per_image[i])
+    for instance in by_speed:
+        for size in plan.sizes(instance, hurry):
+            if plan.lateness(instance, size) <= 0:
+                return instance, size
+    in_time = [
+        (plan.table.batch_sizes[size] / plan.seconds[instance, size], instance, size)
+        for instance in by_speed
+        for size in plan.sizes(instance)
+        if plan.seconds[instance, size] * plan.margin <= plan.slack
+    ]
+    return max(in_time)[1:] if in_time else (min(by_speed, key=lambda i: plan.seconds[i, 0]), 0)
+
+
+def slackfit(plan: Plan) -> tuple[int, int]:
+    """Runs what SlackFit of SuperServe does (Khare et al., NSDI 2025, section 4.2 and appendix A.5).
+
+    Buckets of equal width divide the range of latencies of all pairs of instance and batch size; in each, the pair with
+    the largest batch counts, of equal ones the most accurate. The slack of the most urgent request picks the pair whose
+    latency is closest below it, or the quickest one.
+
+    Returns:
+        numbers of the instance and of the largest batch size.
+    """
+    pairs = _bucketize(plan.table, plan.line.options)
+    times = {pair: plan.seconds[pair] * plan.margin for pair in pairs}
+    below = [pair for pair in pairs if times[pair] < plan.slack]
+    return max(below, key=times.get) if below else min(pairs, key=times.get)
+
+
+@functools.lru_cache(maxsize=64)
+def _bucketize(table: LatencyTable, options: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    times = {(i, s): table.seconds[i, s] for i in options for s in range(len(table.batch_sizes))}
+    low, high = min(times.values()), max(times.values())
+    width = (high - low) / SLACKFIT_BUCKETS
+    buckets = {}
+    for pair, time in times.items():
+        number = min(int((time - low) / width), SLACKFIT_BUCKETS - 1) if width else 0
+        buckets.setdefault(number, []).append(pair)
+    return tuple(max(pairs, key=lambda pair: (pair[1], table.top1[pair[0]])) for pairs in buckets.values())
+
+
+def _only_the_most_accurate(table: LatencyTable, allowed: Sequence[int]) -> tuple[int, ...]:
+    return table.front(allowed)[:1]
+
+
+def _only_the_fastest(table: LatencyTable, allowed: Sequence[int]) -> tuple[int, ...]:
+    return (table.fastest(allowed),)
+
+
+Narrow = Callable[[LatencyTable, Sequence[int]], tuple[int, ...]]
+Choose = Callable[[Plan], tuple[int, int]]
+
+# By name: which of the instances that a request allows may answer it, most accurate first; and the choice of one of
+# these, and of the largest batch size, for each batch.
+POLICIES: dict[str, tuple[Narrow, Choose]] = {
+    "full": (_only_the_most_accurate, keep_deadlines),
+    "cheapest": (_only_the_fastest, keep_deadlines),
+    "slackfit": (LatencyTable.front, slackfit),
+    "headroom": (LatencyTable.front, headroom),
+}
+
+
+def find_policy(name: str, table: LatencyTable) -> tuple[Narrow, Choose]:
+    """Finds a policy by its name.
+
+    Args:
+        name: one of `POLICIES`; `fixed:NAME` for a single instance, or the most accurate one where a request does not
+            allow it; `headroom:OUTLOOK` for a fixed outlook in objectives, as `headroom:1.5`.
+        table: of the instances.
+
+    Raises:
+        ValueError: there is no such policy or instance; names those that there are.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    kind, _, value = name.partition(":")
+    if kind == "fixed" and value:
+        fixed = table.index_of(value)
+        return (lambda table, allowed: (fixed,) if fixed in allowed else table.front(allowed)[:1]), keep_deadlines
+    if kind == "headroom":
+        try:
+            outlook = float(value)
+        except ValueError:
+            outlook = math.nan
+        if not 0 <= outlook < math.inf:
+            raise ValueError(f"policy {name!r}: valid outlooks are 0 and positive numbers of objectives")
+        return LatencyTable.front, functools.partial(headroom, outlook=outlook)
+    raise ValueError(f"policy {name!r}: valid are {', '.join(POLICIES)}, fixed:NAME, headroom:OUTLOOK")
