@@ -86,7 +86,7 @@ class LatencyTable:
 
     def front(self, among: Iterable[int]) -> tuple[int, ...]:
         """Returns those that no other one is as accurate as and as fast as at every batch size, most accurate first."""
-        kept = []
+        kept: list[int] = []
         for i in sorted(among, key=lambda i: (-self.top1[i], self.per_image[i], i)):
             if not any((self.seconds[other] <= self.seconds[i]).all() for other in kept):
                 kept.append(i)
