@@ -11,6 +11,7 @@ import processes
 import pytest
 import tiny
 
+from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import checkpoint
 
 OVERRIDES = (
@@ -29,7 +30,7 @@ OVERRIDES = (
 
 def start(workdir, count, devices, *flags):
     """Starts train.py in so many processes of so many devices each."""
-    command = [sys.executable, "train.py", f"--workdir={workdir}", *OVERRIDES, *flags]
+    command = [sys.executable, "train.py", f"--workdir={workdir}", *flags]
     return processes.start(lambda index: command, count, devices)
 
 
@@ -59,7 +60,7 @@ def stop_after(step, started, workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0])  # The one that coordinates.
 def test_a_process_that_dies_ends_the_others(tmp_path, dies):
-    started = start(tmp_path, 2, 1, "--config.num_epochs=50.0", "--heartbeat-seconds=10")
+    started = start(tmp_path, 2, 1, *OVERRIDES, "--config.num_epochs=50.0", "--heartbeat-seconds=10")
     wait_for(10, started, tmp_path)
     started[dies].kill()
     output, _ = started[1 - dies].communicate(timeout=120)
@@ -69,15 +70,16 @@ def test_a_process_that_dies_ends_the_others(tmp_path, dies):
 
 
 def flags_of_everything(folder):
-    """With every setting on, and an untrained net with statistics of its own as the teacher."""
-    checkpoint.save(folder / "teacher", tiny.variables(tiny.net()), {"model": {"name": "wrn10_1"}, "format": 2})
+    """With every setting on, and another net, untrained, with statistics of its own as the teacher."""
+    variables = tiny.variables(create_model("wrn10_2", 10))
+    checkpoint.save(folder / "teacher", variables, {"model": {"name": "wrn10_2"}, "format": 2})
     return everything.flags(folder / "teacher", batch_size=40, num_epochs=1.0, checkpoint_every_steps=5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", ["paper", "everything"])
-def test_two_processes_train_as_one_and_stop_together(tmp_path, settings):
-    flags = flags_of_everything(tmp_path) if settings == "everything" else ()
+@pytest.mark.parametrize(("settings", "tolerance"), [("paper", 1e-6), ("everything", 1e-4)])
+def test_two_processes_train_as_one_and_stop_together(tmp_path, settings, tolerance):
+    flags = flags_of_everything(tmp_path) if settings == "everything" else OVERRIDES
     one, two = tmp_path / "one", tmp_path / "two"
     alone = start(one, 1, 4, *flags)
     processes.finish(alone)
@@ -87,7 +89,7 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, settings):
     first, second = processes.finish(start(two, 2, 2, *flags))
     assert "top-1" in first and "continuing after" not in second
 
-    chex.assert_trees_all_close(params_of(one), params_of(two), atol=1e-6, rtol=0)
+    chex.assert_trees_all_close(params_of(one), params_of(two), atol=tolerance, rtol=0)
     rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one, two)]
     drawn = [[(row["step"], row.get("instance")) for row in log] for log in rows]
     assert drawn[0] == drawn[1]

@@ -220,9 +220,9 @@ def test_programs_are_listed_by_their_first_use_and_those_of_no_step_not_at_all(
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A net with statistics of its own, as imported weights have them."""
+    """Another net with statistics of its own, as imported weights have them."""
     path = tmp_path_factory.mktemp("teacher") / "imported"
-    checkpoint.save(path, tiny.variables(tiny.net()), {"model": {"name": "wrn10_1"}, "format": 2})
+    checkpoint.save(path, tiny.variables(create_model("wrn10_2", 10)), {"model": {"name": "wrn10_2"}, "format": 2})
     return path
 
 
@@ -295,10 +295,14 @@ def test_one_device_trains_with_every_setting_as_eight_do(teacher, finished_with
     assert process.returncode == 0, errors
     one, eight = ([row for row in rows(path) if "loss" in row] for path in (tmp_path, finished_with_everything[0]))
     assert [row["instance"] for row in one] == [row["instance"] for row in eight]
-    np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in eight], rtol=1e-6)
+    # Rounding differs, and now and then one of a ReLU's inputs has another sign, which moves gradients a little more.
+    np.testing.assert_allclose([row["loss"] for row in one], [row["loss"] for row in eight], rtol=1e-5)
+    norms, expected = ([row["gradient_norm"] for row in log] for log in (one, eight))
+    np.testing.assert_allclose(norms, expected, rtol=2e-4)
+    np.testing.assert_allclose(norms[0], expected[0], rtol=1e-6)
     ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, finished_with_everything[0]))
-    chex.assert_trees_all_close(ours["ema"], theirs["ema"], atol=1e-5, rtol=0)
-    chex.assert_trees_all_close(ours["params"], theirs["params"], atol=1e-5, rtol=0)
+    for kind in ("params", "ema"):
+        chex.assert_trees_all_close(ours[kind], theirs[kind], atol=1e-4, rtol=0)
 
 
 def test_draws_by_cost_go_from_cheap_to_full():
