@@ -267,6 +267,7 @@ class Compilation(Generic[Key]):
         keys: Iterable[Key],
         workers: int = 0,
         name: Callable[[Key], str] = str,
+        urgent: int = 0,
     ):
         """Starts to compile.
 
@@ -275,11 +276,23 @@ class Compilation(Generic[Key]):
             keys: in the order in which the programs are needed.
             workers: threads; 0 for one per core.
             name: names the program of a key, for errors.
+            urgent: so many programs are needed first: until they are there, one core is left to what else is.
         """
-        self.start, self._name = time.perf_counter(), name
+        self.start, self._name, self._is_over = time.perf_counter(), name, False
         # Threads help, as XLA releases Python's lock.
-        self._pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count() or 1)
-        self._tasks = {key: self._pool.submit(compile_it, key) for key in keys}
+        keys, workers = list(keys), workers or os.cpu_count() or 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers)
+        at_once = max(urgent, workers - 1) if urgent else len(keys)
+        self._tasks = {key: self._pool.submit(compile_it, key) for key in keys[:at_once]}
+        first = list(self._tasks.values())[:urgent]
+
+        def compile_later(key):
+            concurrent.futures.wait(first, return_when=concurrent.futures.FIRST_EXCEPTION)
+            if self._is_over:
+                raise concurrent.futures.CancelledError
+            return compile_it(key)
+
+        self._tasks |= {key: self._pool.submit(compile_later, key) for key in keys[at_once:]}
 
     def __len__(self) -> int:
         """Counts all programs, those that are there among them."""
@@ -320,6 +333,7 @@ class Compilation(Generic[Key]):
         return self
 
     def __exit__(self, *_):
+        self._is_over = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -369,11 +383,9 @@ class Switch(Generic[Key]):
         with self.compile_behind(keys, workers) as compilation:
             yield from compilation
 
-    def compile_behind(
-        self, keys: Iterable[Key], workers: int = 0, name: Callable[[Key], str] = str
-    ) -> Compilation[Key]:
-        """Starts to compile what is missing, and returns at once; see `Compilation`."""
-        return Compilation(self._compile, [key for key in keys if key not in self._programs], workers, name)
+    def compile_behind(self, keys: Iterable[Key], workers: int = 0, **kwargs: Any) -> Compilation[Key]:
+        """Starts to compile what is missing, and returns at once; for `kwargs` see `Compilation`."""
+        return Compilation(self._compile, [key for key in keys if key not in self._programs], workers, **kwargs)
 
     def _compile(self, key):
         start = time.perf_counter()

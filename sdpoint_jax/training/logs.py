@@ -4,12 +4,29 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from sdpoint_jax import progress
 from sdpoint_jax.storage import files
+
+
+@contextlib.contextmanager
+def _hidden(name):
+    """Lets an import of the package `name` fail, in this context, unless it was imported before."""
+    was_there = name in sys.modules
+    sys.modules.setdefault(name, None)
+    yield
+    if not was_there:
+        del sys.modules[name]
+
+
+with _hidden("torch"):  # The library takes it along if it is there, for seconds and nothing that is used here.
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter writes in a thread: errors are lost.
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 METRICS = "metrics.jsonl"
 
@@ -90,11 +107,15 @@ class RunLog:
         files.write_atomically(path, b"".join(kept))
         self._file = path.open("a")
         (self._workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events = _Events(self._workdir / "tensorboard" / "events", start_step)
+        self._events = EventsWriter(str(self._workdir / "tensorboard" / "events"))
+        if start_step:  # TensorBoard then drops what it has read of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(wall_time=time.time(), step=start_step, session_log=start))
 
     def _write(self, step, row, scalars):
         self._file.write(json.dumps(row) + "\n")
-        self._events.write(step, scalars)
+        for name, value in scalars.items():
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
 
     def _flush(self):
         self._file.flush()
@@ -107,39 +128,6 @@ class RunLog:
                 if file:
                     file.close()
         self._file = self._events = None
-
-
-class _Events:
-    """A TensorBoard event file, opened with the first row: its library loads PyTorch, if that is there, for seconds."""
-
-    def __init__(self, path, start_step):
-        self._path, self._start_step, self._writer = path, start_step, None
-
-    def write(self, step, scalars):
-        from tensorboardX import summary
-        from tensorboardX.proto.event_pb2 import Event
-
-        if not self._writer:
-            self._open()
-        for name, value in scalars.items():
-            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
-
-    def _open(self):
-        from tensorboardX.event_file_writer import EventsWriter  # SummaryWriter writes in a thread: errors are lost.
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._writer = EventsWriter(str(self._path))
-        if self._start_step:  # TensorBoard then drops what it has read of this step and later ones.
-            start = SessionLog(status=SessionLog.START)
-            self._writer.write_event(Event(wall_time=time.time(), step=self._start_step, session_log=start))
-
-    def flush(self):
-        if self._writer:
-            self._writer.flush()
-
-    def close(self):
-        if self._writer:
-            self._writer.close()
 
 
 class NoLog:

@@ -160,11 +160,15 @@ class Loop:
 
     def _wait_for_programs(self, instances):
         """Waits until the programs of a step are there; a stop does not, if there is one host alone."""
-        start = time.perf_counter()
-        while not self._compilation.wait(self._programs.keys_of(instances), _PATIENCE):
+        keys, start = self._programs.keys_of(instances), time.perf_counter()
+        if self._compilation.wait(keys, 0):
+            return
+        is_alone = jax.process_count() == 1  # Several hosts must finish, save and stop at the same steps.
+        if is_alone and self._finish_steps(wait_for_all=True).save:
+            self._save()
+        while not self._compilation.wait(keys, _PATIENCE):
             self._bar.set_postfix_str(f"{self._compiled()}waiting for that of {set_name(instances)}")
-            if self._signals.received and jax.process_count() == 1:
-                self._finish_steps(wait_for_all=True)
+            if is_alone and self._signals.received:
                 self._save()
                 raise Interrupted(self._stopped())
         self._compiling.waited += time.perf_counter() - start

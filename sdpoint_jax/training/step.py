@@ -311,7 +311,7 @@ class TrainPrograms:
         """Starts to compile, in the order in which steps will need the programs; see `Switch.compile_behind`."""
         keys = list(map(_as_set, sets))
         ordered = [*keys[:1], _UPDATE, *keys[1:]] if keys else []
-        return self._programs.compile_behind(ordered, workers, _program_name)
+        return self._programs.compile_behind(ordered, workers, name=_program_name, urgent=2)
 
     def keys_of(self, instances: SDPointInstance | tuple[SDPointInstance, ...]) -> tuple[Hashable, ...]:
         """Returns the keys, in a `Compilation`, of the programs that the step of `instances` runs."""

@@ -109,11 +109,21 @@ def test_programs_compile_in_the_order_of_their_keys_behind_those_that_run():
     assert gc.isenabled()
 
 
+def test_a_core_is_left_until_the_programs_that_are_needed_first_are_there():
+    builds = Builds()
+    switch = devices.Switch(builds, lambda key: ())
+    with switch.compile_behind(["late", "early", "other", "last"], workers=4, urgent=2) as compilation:
+        assert compilation.wait(["early", "other"], 20) and not compilation.wait(["last"], 0.05)
+        assert sorted(builds.begun) == ["early", "late", "other"]
+        builds.let_go.set()
+        assert compilation.wait(["late", "last"], 20)
+
+
 def test_what_has_not_begun_to_compile_at_the_end_of_the_context_never_does():
     builds = Builds()
     switch = devices.Switch(builds, lambda key: ())
-    with switch.compile_behind(["late", "last"], workers=1) as compilation:
-        while not builds.begun:
+    with switch.compile_behind(["late", "second", "last"], workers=2, urgent=1) as compilation:
+        while not builds.begun:  # The second thread waits for the urgent program.
             assert not compilation.wait(["late"], 0.01)
     builds.let_go.set()
     assert switch["late"]()[0] == "late" and builds.begun == ["late"]
@@ -122,7 +132,7 @@ def test_what_has_not_begun_to_compile_at_the_end_of_the_context_never_does():
 def test_a_program_that_does_not_compile_is_named_to_whoever_waits_for_any():
     switch = devices.Switch(Builds(), lambda key: ())
     with (
-        switch.compile_behind(["wrong", "right"], 1, "program {}".format) as compilation,
+        switch.compile_behind(["wrong", "right"], 1, name="program {}".format) as compilation,
         pytest.raises(RuntimeError, match="^program wrong does not compile: too large$"),
     ):
         compilation.wait(["right"], 20)
