@@ -40,7 +40,7 @@ def predict(swept, images, output, *flags):
 
 def test_each_image_gets_its_class(swept, images, tmp_path, capsys):
     commands.run(*predict(swept, images, tmp_path / "out", "--instance=p01_r0.50"))
-    assert "classified 23 images on p01_r0.50: " in capsys.readouterr().out
+    assert "classified 23 images on p01_r0.50 in xla: " in capsys.readouterr().out
     rows, predictor = rows_of(tmp_path / "out"), Predictor.load(swept.folder / "artefact")
     paths = sorted(map(str, images.rglob("*.png")))
     assert [row["path"] for row in rows] == paths
