@@ -36,8 +36,14 @@ def photograph(url: str, image: str, output: str, chromium: str, seconds: float)
         page.goto(url)
         page.wait_for_selector("#plot circle")
         page.wait_for_timeout(1e3 * seconds)
-        page.set_input_files("#file", image)
-        page.wait_for_function("document.querySelector('#status').textContent.startsWith('Instance')")
+        for _ in range(20):  # It may be refused.
+            page.set_input_files("#file", [])
+            page.set_input_files("#file", image)
+            page.wait_for_timeout(1000)
+            if page.inner_text("#status").startswith("Instance"):
+                break
+        else:
+            raise SystemExit(f"error: not answered: {page.inner_text('#status')}")
         page.wait_for_timeout(1500)  # The load is drawn once a second.
         page.screenshot(path=output, full_page=True)
         browser.close()

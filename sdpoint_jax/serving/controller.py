@@ -135,14 +135,18 @@ class Controller:
             return None
         slowness = self._pace.slowness(worker)
         self._drop_hopeless(now, slowness)
-        plan = self._plan(now, slowness)
-        if plan.line is None:
-            return None
-        instance, limit = self._choose(plan)
-        count = min(len(plan.line), self.table.batch_sizes[-1])
-        number = self.table.largest[instance, limit, count]
+        while (plan := self._plan(now, slowness)).line is not None:
+            instance, limit = self._choose(plan)
+            waiting = min(len(plan.line), self.table.batch_sizes[-1])
+            number = self.table.largest[instance, limit, waiting]
+            if not 0 < (late := plan.too_late(instance, number)) < len(plan.line):
+                return self._start(plan, worker, now, instance, number)
+            self._lose(plan.line.take(late))
+        return None
+
+    def _start(self, plan: Plan, worker: int, now: float, instance: int, number: int) -> Batch:
         batch_size = self.table.batch_sizes[number]
-        requests = plan.line.take(min(count, batch_size))
+        requests = plan.line.take(batch_size)
         requests += self._fill(batch_size - len(requests), instance, plan.line)
         seconds = float(plan.seconds[instance, number])
         batch = Batch(tuple(requests), self.table.names[instance], batch_size, worker, now, seconds)
@@ -264,8 +268,11 @@ class Controller:
         for line in self._lines.values():
             end = now + self._pace.quickest(line.options, slowness)
             if hopeless := line.take(bisect.bisect_left(line.deadlines, end)):
-                self._given_up += hopeless
-                self._outlook = MOST_OUTLOOK
+                self._lose(hopeless)
+
+    def _lose(self, requests: list[Request]) -> None:
+        self._given_up += requests
+        self._outlook = MOST_OUTLOOK
 
     def _busy_seconds(self, now: float) -> float:
         """Sums the work in progress. A batch that is overdue by x is taken to need another x."""

@@ -80,7 +80,9 @@ class Plan:
         work = self.table.work[instance, :, min(count, self.table.batch_sizes[-1])]
         return int(np.argmax(work <= tolerance * work.min()))
 
-    def lateness(self, instance: int, size: int, *, level: float = 0.0, since: float = -math.inf) -> float:
+    def lateness(
+        self, instance: int, size: int, *, level: float = 0.0, since: float = -math.inf, margin: float | None = None
+    ) -> float:
         """Returns by how many seconds a deadline is missed if the queue is drained from now on.
 
         The most urgent class is run on one instance in batches of limited size, the other classes on theirs at a level,
@@ -92,6 +94,7 @@ class Plan:
             size: number of the largest batch size.
             level: seconds for an image, that the others may take; 0 for the fastest instances.
             since: only batches count that hold requests with a deadline from this one on.
+            margin: instead of the plan's.
 
         Returns:
             the largest lateness of a batch; negative where all are in time.
@@ -106,7 +109,7 @@ class Plan:
             order = np.argsort(deadlines, kind="stable")
             deadlines, times = deadlines[order], times[order]
         before = np.cumsum(times) - times + self._busy
-        late = self._now + before / self._workers + times * self.margin - deadlines
+        late = self._now + before / self._workers + times * (margin or self.margin) - deadlines
         return float(late[max(0, int(np.searchsorted(deadlines, since, "right")) - 1) :].max())
 
     def least_lateness(self, since: float) -> float:
@@ -117,6 +120,14 @@ class Plan:
             if least <= 0:
                 break
         return least
+
+    def too_late(self, instance: int, size: int) -> int:
+        """Counts the most urgent requests that a batch begun now is expected to answer too late."""
+        return bisect.bisect_left(self.line.deadlines, self._now + self.seconds[instance, size])
+
+    def in_time(self, instance: int, size: int) -> int:
+        """Counts the requests that a batch begun now could answer in time."""
+        return min(len(self.line) - self.too_late(instance, size), self.table.batch_sizes[size])
 
     def has_headroom(self, instance: int, outlook: float) -> bool:
         """Tells whether what waits and what may come can be answered at the level of an instance.
@@ -170,7 +181,10 @@ def headroom(plan: Plan, outlook: float | None = None) -> tuple[int, int]:
 
 
 def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
-    """Runs the fastest instance that keeps all deadlines, or else the most requests that the first deadline allows.
+    """Runs the fastest instance that keeps all deadlines, or else what answers the most requests in time.
+
+    Where not all can be kept, to run what the most urgent still allows would end in ever smaller batches: they answer
+    less, so that the next ones are as urgent. So time is best given to those who gain most by it.
 
     Args:
         plan: what is known.
@@ -180,17 +194,14 @@ def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
         numbers of the instance and of the largest batch size.
     """
     by_speed = sorted(plan.line.options, key=lambda i: plan.table.per_image[i])
-    for instance in by_speed:
-        for size in plan.sizes(instance, hurry):
-            if plan.lateness(instance, size) <= 0:
-                return instance, size
-    in_time = [
-        (plan.table.batch_sizes[size] / plan.seconds[instance, size], instance, size)
-        for instance in by_speed
-        for size in plan.sizes(instance)
-        if plan.seconds[instance, size] * plan.margin <= plan.slack
-    ]
-    return max(in_time)[1:] if in_time else (min(by_speed, key=lambda i: plan.seconds[i, 0]), 0)
+    for margin in (plan.margin, 1.0):
+        for instance in by_speed:
+            for size in plan.sizes(instance, hurry):
+                if plan.lateness(instance, size, margin=margin) <= 0:
+                    return instance, size
+    rates = {(i, s): plan.in_time(i, s) / plan.seconds[i, s] for i in by_speed for s in plan.sizes(i)}
+    best = max(rates, key=rates.get)
+    return best if rates[best] else (min(by_speed, key=lambda i: plan.seconds[i, 0]), 0)
 
 
 def slackfit(plan: Plan) -> tuple[int, int]:

@@ -212,11 +212,15 @@ class _State:
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
         self._preparing = loop.run_in_executor(None, self._prepare)
-        watching = loop.create_task(self._delay.watch())
+        watching = loop.create_task(self._watch())
         yield
         await self._engine.drain()
         watching.cancel()
         self._decoders.shutdown()
+
+    async def _watch(self):
+        await asyncio.wait([self._preparing])  # While programs are compiled, the loop is late.
+        await self._delay.watch()
 
     async def predict(
         self,
@@ -230,8 +234,9 @@ class _State:
         start = time.monotonic()
         try:
             self._check_ready()
-            allowed = self._engine.controller.objective if deadline_ms is None else deadline_ms / 1e3
-            if self._delay.before > max(allowed, _WATCH_SECONDS):
+            objective = self._engine.controller.objective
+            allowed = objective if deadline_ms is None else deadline_ms / 1e3
+            if self._delay.before > objective:
                 raise Refusal("requests come faster than they can be read", 1.0)
             image = await self._read_image(request)
             accepted = time.monotonic()

@@ -217,6 +217,25 @@ def test_what_is_accepted_but_became_hopeless_is_given_up_once():
     assert control.give_up(0.049) == () and control.waiting == 1
 
 
+def test_where_not_all_can_be_kept_the_batch_goes_to_those_who_gain_most_by_it():
+    control = controller(policy="cheapest", admission=False)
+    control.submit(Request("urgent", deadline=0.003), 0.0)
+    for k in range(4):  # Alone, the urgent one takes 2 ms; then the four end after 9 ms.
+        control.submit(Request(k, deadline=0.0085), 0.0)
+    batch = control.next_batch(0.0)
+    assert [request.id for request in batch.requests] == [0, 1, 2, 3] and batch.batch_size == 4
+    assert [request.id for request in control.give_up(0.0)] == ["urgent"]
+
+
+def test_a_queue_that_just_fits_loses_nobody_for_the_sake_of_the_margin():
+    control = controller(small_table(tail=1.5), policy="cheapest", admission=False)
+    control.submit(Request("urgent", deadline=0.0025), 0.0)
+    for k in range(4):
+        control.submit(Request(k, deadline=0.0105), 0.0)
+    assert [request.id for request in control.next_batch(0.0).requests] == ["urgent"]
+    assert control.give_up(0.0) == ()
+
+
 # Policies.
 
 
@@ -553,8 +572,8 @@ def test_no_batch_breaks_a_deadline_that_another_choice_would_keep(seed):
         if drains(table, [*(r.deadline for r in batch.requests), *left], now, table.margin):
             assert now + table.margin * batch.seconds <= batch.requests[0].deadline + 1e-9
             assert not left or drains(table, left, now + batch.seconds, table.margin)
-        elif any(now + table.margin * s <= batch.requests[0].deadline for s in table.seconds.ravel()):
-            assert now + table.margin * batch.seconds <= batch.requests[0].deadline + 1e-9
+        elif any(now + s <= batch.requests[0].deadline for s in table.seconds.ravel()):
+            assert now + batch.seconds <= batch.requests[0].deadline + 1e-9
         now += batch.seconds
         control.observe(batch, None, now)
     assert control.waiting == 0

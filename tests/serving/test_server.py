@@ -362,8 +362,9 @@ def test_what_could_not_even_be_read_in_time_is_refused(predictor, monkeypatch):
     app = create_app(predictor, make_engine(predictor, objective=30.0))
     with TestClient(app) as client:
         wait_until_ready(client)
-        monkeypatch.setattr(Delay, "before", property(lambda self: 2.0, lambda self, value: None), raising=False)
-        refused = client.post("/predict?deadline_ms=1900", content=npy(np.zeros((8, 8, 1), np.uint8)))
+        with monkeypatch.context() as patched:
+            patched.setattr(Delay, "before", property(lambda self: 40.0, lambda self, value: None), raising=False)
+            refused = client.post("/predict?deadline_ms=50000", content=npy(np.zeros((8, 8, 1), np.uint8)))
         assert refused.status_code == 503 and "faster than they can be read" in refused.text
         assert refused.headers["Retry-After"] == "1"
         assert client.post("/predict", content=npy(np.zeros((8, 8, 1), np.uint8))).status_code == 200
