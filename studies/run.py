@@ -6,7 +6,6 @@ another file: --data=cifar10 --epochs=160 --results=FILE.
 Exit codes: 0 done, 75 stopped on request (SIGTERM or Ctrl-C) and saved, 2 error.
 """
 
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -76,14 +75,12 @@ def _set_up():
     from absl import flags, logging
 
     from sdpoint_jax.programs.host_memory import keep_freed_memory
+    from sdpoint_jax.programs.process import keep_compiled_programs
 
     logging.set_verbosity(logging.WARNING)
     flags.FLAGS.mark_as_parsed()
     keep_freed_memory()
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "sdpoint_jax", "xla")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    keep_compiled_programs()
 
 
 if __name__ == "__main__":
