@@ -26,6 +26,7 @@ from sdpoint_jax.programs import cache
 AXIS = DEVICE_AXIS
 REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
 
+_RARE = (100_000, 50, 100)  # Of `gc.set_threshold`.
 _LEVEL = "xla_backend_optimization_level"
 _ON_CPU = {
     # Convolutions to Eigen, whose kernel gradients are 2 to 5 times faster than those of YNNPACK, XLA's own choice.
@@ -226,30 +227,31 @@ def _sharding(spec):
     return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), spec)
 
 
-class _NoGarbageCollection:
-    """As a context of any number of threads, stops looking for garbage while any of them is in it.
+class _RareGarbageCollection:
+    """As a context of any number of threads, looks for garbage a hundred times less often while any of them is in it.
 
-    It would take a third of tracing's time: none of its many objects is garbage.
+    Else that would take a third of tracing's time, whose many objects are no garbage. Not at all would be too seldom:
+    a run may compile for hours behind its steps.
     """
 
     def __init__(self):
-        self._lock, self._inside, self._was_enabled = threading.Lock(), 0, False
+        self._lock, self._inside, self._before = threading.Lock(), 0, gc.get_threshold()
 
     def __enter__(self):
         with self._lock:
             if not self._inside:
-                self._was_enabled = gc.isenabled()
-                gc.disable()
+                self._before = gc.get_threshold()
+                gc.set_threshold(*_RARE)
             self._inside += 1
 
     def __exit__(self, *_):
         with self._lock:
             self._inside -= 1
-            if not self._inside and self._was_enabled:
-                gc.enable()
+            if not self._inside:
+                gc.set_threshold(*self._before)
 
 
-_no_garbage_collection = _NoGarbageCollection()
+_rare_garbage_collection = _RareGarbageCollection()
 
 
 class Compilation(Generic[Key]):
@@ -391,7 +393,7 @@ class Switch(Generic[Key]):
         start = time.perf_counter()
         with self._lock:
             compiling = self._compiling.setdefault(key, threading.Lock())
-        with compiling, _no_garbage_collection:
+        with compiling, _rare_garbage_collection:
             if key not in self._programs:
                 with target.programs_for(self._target):
                     self._programs[key] = self._build(key)(*self._shapes(key))

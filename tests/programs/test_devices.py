@@ -93,20 +93,20 @@ class Builds:
             assert self.let_go.wait(20)
         if key == "wrong":
             raise ValueError("too large")
-        return lambda: lambda: (key, gc.isenabled())
+        return lambda: lambda: (key, gc.get_threshold())
 
 
 def test_programs_compile_in_the_order_of_their_keys_behind_those_that_run():
-    builds = Builds()
+    builds, before = Builds(), gc.get_threshold()
     switch = devices.Switch(builds, lambda key: ())
     with switch.compile_behind(["first", "late", "last"], workers=1) as compilation:
         assert compilation.wait(["first"], 20) and switch["first"]()[0] == "first"
         assert not compilation.wait(["first", "late"], 0.01) and set(compilation.seconds()) == {"first"}
-        assert not gc.isenabled()  # While anything is traced.
+        assert gc.isenabled() and gc.get_threshold()[0] > before[0]  # While anything is traced.
         builds.let_go.set()
         assert compilation.wait(["last"], 20) and set(compilation.seconds()) == {"first", "late", "last"}
     assert builds.begun == ["first", "late", "last"] and len(compilation) == len(switch) == 3
-    assert gc.isenabled()
+    assert gc.get_threshold() == before
 
 
 def test_a_core_is_left_until_the_programs_that_are_needed_first_are_there():
