@@ -32,6 +32,7 @@ from PIL import Image
 
 from sdpoint_jax.serving.controller import Controller, LatencyTable
 from sdpoint_jax.serving.predictor import Predictor
+from sdpoint_jax.serving.selection import check_device
 
 _CONNECTIONS = 256  # At most; requests beyond them wait for one, and their time counts.
 _CALM_GAP = 0.1  # Seconds between the requests before and after the load.
@@ -270,7 +271,8 @@ def bare_rate(predictor: Predictor, batch_size: int, seconds: float = 5.0) -> fl
 def run_load(options: argparse.Namespace, service: dict, predictor: Predictor, images: np.ndarray) -> dict:
     """Sends the load, and few requests before and after it; prints and returns the outcome and the prediction."""
     rows = [row for row in predictor.rows if row.name in {known["instance"] for known in service["instances"]}]
-    table = LatencyTable.from_rows(rows, runtime="xla", batch_sizes=service["batch_sizes"])
+    device = check_device(rows, predictor.device)  # The service's, if both have the same environment.
+    table = LatencyTable.from_rows(rows, device=device, batch_sizes=service["batch_sizes"])
     objective, top1 = service["objective_ms"] / 1e3, dict(zip(table.names, table.top1))
     rate = options.load / float(table.per_image[np.argmax(table.macs)])
     begin = options.calm_seconds

@@ -1,21 +1,23 @@
 """Answers requests in batches: the controller says which and on which SDPoint instance, a worker thread runs them.
 
-The engine belongs to one asyncio event loop: the controller is asked there alone, and only the programs run elsewhere.
+The engine belongs to one asyncio event loop, which takes requests in and gives answers out. A worker that is done asks
+the controller for its next batch itself: it would idle for as long as a busy event loop is late, tens of milliseconds.
 """
 
 import asyncio
 import collections
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 
 from sdpoint_jax.serving.controller import Batch, Controller, Refused, Request
 from sdpoint_jax.serving.predictor import Predictor
+from sdpoint_jax.serving.selection import Budget
 
 _HISTORY_SECONDS = 60
 
@@ -82,6 +84,9 @@ class _Waiting:
     accepted_at: float
 
 
+_Work = tuple[Batch, list[_Waiting]]  # A batch, and its requests.
+
+
 @dataclasses.dataclass
 class _Second:
     accepted: int = 0
@@ -95,7 +100,7 @@ class Engine:
     """Answers requests for one predictor.
 
     Attributes:
-        controller: queue and choice; its limits may be changed from the event loop.
+        controller: queue and choice; to be read alone, see `set_limits`.
         on_batch: hears of each batch that is done, and the seconds that it took.
         current_instance: name of the one that ran last; None before the first batch.
     """
@@ -120,9 +125,10 @@ class Engine:
         """
         self._predictor, self.controller, self._clock, self.on_batch = predictor, controller, clock, on_batch
         self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="predict")
-        self._waiting: dict[int, _Waiting] = {}
+        self._lock = threading.Lock()  # Of the controller, and of the next two.
+        self._waiting: dict[Hashable, _Waiting] = {}
+        self._undelivered = 0  # Batches that were handed to a worker, and whose answers are not out.
         self._ids = itertools.count()
-        self._running = 0
         self._closing = False
         self._history: collections.OrderedDict[int, _Second] = collections.OrderedDict()
         self.current_instance: str | None = None
@@ -152,21 +158,28 @@ class Engine:
             raise Refusal("the service is stopping", None)
         now, number = self._clock(), next(self._ids)
         deadline = None if deadline_seconds is None else now + deadline_seconds
-        outcome = self.controller.submit(Request(number, deadline, instance, max_macs), now)
+        future = asyncio.get_running_loop().create_future()
+        with self._lock:
+            outcome = self.controller.submit(Request(number, deadline, instance, max_macs), now)
+            if not isinstance(outcome, Refused):
+                self._waiting[number] = _Waiting(image, future, now)
         second = self._second(now)
         if isinstance(outcome, Refused):
             second.refused += 1
             raise Refusal(outcome.reason, outcome.retry_after)
         second.accepted += 1
-        future = asyncio.get_running_loop().create_future()
-        self._waiting[number] = _Waiting(image, future, now)
-        self._start_batches()
+        self._start_workers()
         return await future
+
+    def set_limits(self, budget: Budget | None = None, instances: Iterable[str] | None = None) -> None:
+        """Limits the instances that are used from now on; see `Controller.set_limits`."""
+        with self._lock:
+            self.controller.set_limits(budget, instances)
 
     async def drain(self) -> None:
         """Refuses what comes from now on, and returns when all that was accepted is answered."""
         self._closing = True
-        while self._waiting or self._running:
+        while self._waiting or self._undelivered:
             await asyncio.sleep(0.005)
         self._threads.shutdown()
 
@@ -175,37 +188,55 @@ class Engine:
         now = int(self._clock())
         return [self._sample(second) for second in range(now - _HISTORY_SECONDS + 1, now + 1)]
 
-    def _start_batches(self):
-        """Hands batches to free workers, and tells those that were given up."""
-        now = self._clock()
-        while (batch := self.controller.next_batch(now)) is not None:
-            waiting = [self._waiting.pop(request.id) for request in batch.requests]
-            images = np.stack([request.image for request in waiting])
-            self._running += 1
-            self.current_instance = batch.instance
-            work = asyncio.get_running_loop().run_in_executor(self._threads, self._run, batch, images)
-            work.add_done_callback(functools.partial(self._finish, batch, waiting))
-        for request in self.controller.give_up(now):
-            late = self._waiting.pop(request.id)
-            self._second(now).late += 1
-            if not late.future.done():
-                late.future.set_exception(Late("accepted, but could not be answered in time"))
+    def _start_workers(self):
+        """Hands batches to the workers that are free, in the event loop."""
+        loop, works = asyncio.get_running_loop(), []
+        with self._lock:
+            while work := self._next_work():
+                works.append(work)
+            late = self._take_late()
+        for work in works:
+            self._threads.submit(self._work, loop, work)
+        self._tell_late(late)
+
+    def _next_work(self) -> _Work | None:
+        """Takes the next batch from the controller, if there is a free worker for one; the lock is held."""
+        batch = self.controller.next_batch(self._clock())
+        if batch is None:
+            return None
+        self._undelivered += 1
+        self.current_instance = batch.instance
+        return batch, [self._waiting.pop(request.id) for request in batch.requests]
+
+    def _take_late(self) -> list[_Waiting]:
+        """Takes the requests that were given up; the lock is held."""
+        return [self._waiting.pop(request.id) for request in self.controller.give_up(self._clock())]
+
+    def _work(self, loop: asyncio.AbstractEventLoop, work: _Work | None) -> None:
+        """Runs a batch, and whatever the controller has after it, in a worker's thread."""
+        while work:
+            (batch, waiting), logits, seconds, error = work, None, None, None
+            try:
+                logits, seconds = self._run(batch, np.stack([request.image for request in waiting]))
+            except Exception as raised:
+                error = raised
+            with self._lock:
+                self.controller.observe(batch, seconds, self._clock())
+                following, late = self._next_work(), self._take_late()
+            loop.call_soon_threadsafe(self._deliver, work, logits, seconds, error, late)
+            work = following
 
     def _run(self, batch, images):
-        """Runs a batch, in a worker's thread; returns its logits and the seconds that it took."""
+        """Returns the logits of a batch and the seconds that it took."""
         start = self._clock()
-        padding = batch.batch_size - len(images)
-        padded = np.pad(images, [(0, padding), (0, 0), (0, 0), (0, 0)]) if padding else images
-        logits = np.asarray(self._predictor.program(batch.instance, batch.batch_size)(padded))
+        logits = self._predictor.predict(images, instance=batch.instance)
         return logits, self._clock() - start
 
-    def _finish(self, batch, waiting, work):
-        """Answers the requests of a batch, in the event loop, and starts the next one."""
-        now = self._clock()
-        self._running -= 1
-        error = work.exception()
-        logits, seconds = (None, None) if error else work.result()
-        self.controller.observe(batch, seconds, now)
+    def _deliver(self, work: _Work, logits, seconds, error, late):
+        """Answers the requests of a batch, in the event loop, and those that were given up when it was done."""
+        (batch, waiting), now = work, self._clock()
+        with self._lock:
+            self._undelivered -= 1
         if seconds is not None:
             self.on_batch(batch, seconds)
         second = self._second(now)
@@ -219,7 +250,13 @@ class Engine:
             second.latencies.append(now - request.accepted_at)
             queue_seconds = batch.start - request.accepted_at
             request.future.set_result(Answer(logits[index], batch.instance, len(waiting), queue_seconds, seconds))
-        self._start_batches()
+        self._tell_late(late)
+
+    def _tell_late(self, late: list[_Waiting]) -> None:
+        for request in late:
+            self._second(self._clock()).late += 1
+            if not request.future.done():
+                request.future.set_exception(Late("accepted, but could not be answered in time"))
 
     def _second(self, now) -> _Second:
         found = self._history.setdefault(int(now), _Second())

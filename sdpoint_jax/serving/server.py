@@ -338,7 +338,7 @@ class _State:
         """Limits the instances that are used from now on; raises ValueError where none is left."""
         given = change.model_dump(exclude_none=True)
         limits = {key: value for key, value in given.items() if key != "instances"}
-        self._engine.controller.set_limits(Budget(**limits), given.get("instances"))
+        self._engine.set_limits(Budget(**limits), given.get("instances"))
         self._budget = change.model_dump(exclude_unset=True, exclude_none=True)
 
     def _check_ready(self):
