@@ -221,7 +221,8 @@ class Engine:
             except Exception as raised:
                 error = raised
             with self._lock:
-                self.controller.observe(batch, seconds, self._clock())
+                now = self._clock()
+                self.controller.observe(batch, None if error else now - batch.start, now)  # All that the worker needed.
                 following, late = self._next_work(), self._take_late()
             loop.call_soon_threadsafe(self._deliver, work, logits, seconds, error, late)
             work = following
