@@ -270,6 +270,7 @@ def run(target: str, net: str, dtype: str, instances: str, programs: str) -> lis
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
         PRESETS,

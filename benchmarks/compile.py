@@ -209,6 +209,7 @@ def parse():
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = parse()
     if options.way:
         measure = train_one_way if options.way in TRAINING_WAYS else compile_one_way

@@ -76,6 +76,7 @@ def count_compilations(steps: int) -> dict:
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
         PRESETS,

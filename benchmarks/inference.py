@@ -160,6 +160,7 @@ def measure(setting: Setting, options, macs: bool) -> dict:
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
         {name: DEFAULTS | preset for name, preset in PRESETS.items()},

@@ -253,6 +253,7 @@ def show(rows, ratios, rate, rounds):
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="folder of JPEG files (default: synthetic photographs)")
     parser.add_argument("--rate", type=float, default=2500, help="images/s that are asked for")

@@ -49,6 +49,7 @@ def check(setting, options):
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(__doc__, PRESETS, repeats=(int, "timed calls of each program"))
     results = {str(setting): check(setting, options) for setting in Setting.parse_list(options.nets)}
     report.write(options.json, options, nets=results)

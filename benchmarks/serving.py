@@ -430,6 +430,7 @@ def _slow_phase(text):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = parse(arguments)
     if options.table:
         rows = read_rows(options.table)

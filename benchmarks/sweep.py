@@ -150,6 +150,7 @@ def measure(setting: Setting, options) -> dict:
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
         PRESETS,

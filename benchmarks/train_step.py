@@ -115,6 +115,7 @@ def table(results: dict, what: str) -> None:
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
         {name: DEFAULTS | preset for name, preset in PRESETS.items()},

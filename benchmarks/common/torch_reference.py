@@ -206,6 +206,7 @@ PRESETS = {
 
 
 def main():
+    """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
         PRESETS,
