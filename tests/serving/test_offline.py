@@ -40,7 +40,8 @@ def predict(swept, images, output, *flags):
 
 def test_each_image_gets_its_class(swept, images, tmp_path, capsys):
     commands.run(*predict(swept, images, tmp_path / "out", "--instance=p01_r0.50"))
-    assert "classified 23 images on p01_r0.50 in xla: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "runtime: xla\n" in out and "classified 23 images on p01_r0.50: " in out
     rows, predictor = rows_of(tmp_path / "out"), Predictor.load(swept.folder / "artefact")
     paths = sorted(map(str, images.rglob("*.png")))
     assert [row["path"] for row in rows] == paths
