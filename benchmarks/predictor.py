@@ -24,14 +24,15 @@ from sdpoint_jax.programs.devices import compiler_options
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.storage import artefact
 
-PRESETS = {"small": dict(nets="resnet20:32:1,resnet20:32:32", dtype="float32", rounds=20, starts=5)}
+PRESETS = {"small": dict(nets="resnet20:32:1,resnet20:32:32", dtype="float32", runtime="xla", rounds=20, starts=5)}
 INSTANCES, BATCH_SIZES = 8, (1, 8, 32)
 CHILD = "--start-of="
 
 
 def time_switching(setting, options):
     """Returns summaries of the milliseconds of a call, switching and staying, and of their ratio."""
-    predictor, images = Predictor(drawn_artefact(setting, options.dtype)), random_batch(setting)["images"]
+    predictor = Predictor(drawn_artefact(setting, options.dtype), runtime=options.runtime)
+    images = random_batch(setting)["images"]
     chosen = report.spread(predictor.instances, INSTANCES)
     predictor.compile(chosen, [setting.batch_size])
 
@@ -80,7 +81,11 @@ def start(path):
 def main():
     """Prints both tables."""
     options = report.parse(
-        __doc__, PRESETS, rounds=(int, "of each order of calls"), starts=(int, "of a process with kept programs")
+        __doc__,
+        PRESETS,
+        runtime=(str, "xla or onnxruntime, for switching"),
+        rounds=(int, "of each order of calls"),
+        starts=(int, "of a process with kept programs"),
     )
     settings = Setting.parse_list(options.nets)
     switching = {str(setting): time_switching(setting, options) for setting in settings}
