@@ -18,3 +18,15 @@ def swept(tmp_path_factory):
     import tiny
 
     return tiny.sweep(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="session")
+def served(swept, tmp_path_factory):
+    """The path of the same artefact, profiled; for those who do not change it."""
+    import services
+
+    from sdpoint_jax.storage import artefact
+
+    path = tmp_path_factory.mktemp("served") / "artefact"
+    artefact.save(services.with_latencies(artefact.load(swept.folder / "artefact")), path)
+    return path

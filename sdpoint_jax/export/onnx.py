@@ -4,11 +4,9 @@ import pathlib
 from collections.abc import Sequence
 
 import onnx
-from flax import traverse_util
 
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.norm_parameters import own_params, params_for
-from sdpoint_jax.programs.onnx_graph import build_model, lay_out, refer_to_file
+from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.programs.onnx_graph import build_model, lay_out, refer_to_file, without_own
 from sdpoint_jax.storage.artefact import Artefact
 
 WEIGHTS = "params.weights"
@@ -34,8 +32,7 @@ def write(
     files = {}
     for instance in instances:
         model = build_model(swept, instance)
-        own = traverse_util.flatten_dict(own_params(swept.params, instance), sep="/")
-        refer_to_file(model, WEIGHTS, {name: place for name, place in places.items() if name not in own})
+        refer_to_file(model, WEIGHTS, without_own(swept, instance, places))
         path = folder / f"{instance.name}.onnx"
         onnx.save(model, path)
         onnx.checker.check_model(str(path), full_check=True)
@@ -45,9 +42,9 @@ def write(
 
 def _write_weights(swept, path) -> dict[str, tuple[int, int]]:
     """Writes the shared parameters one after the other; returns the offset and length of each in bytes, by name."""
-    places, shared = {}, lay_out(params_for(swept.params, FULL_RESOLUTION))
+    places = {}
     with path.open("wb") as file:
-        for name, array in sorted(shared.items()):
+        for name, array in sorted(lay_out(swept).items()):
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             content = array.tobytes()
             places[name] = file.tell(), len(content)

@@ -7,17 +7,17 @@ instances could share their weights.
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx
 from flax import traverse_util
 from onnx import TensorProto, helper, numpy_helper
 
-from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec, ShortcutSpec
 from sdpoint_jax.models.blocks import NORM_EPSILON
-from sdpoint_jax.models.norm_parameters import params_for
+from sdpoint_jax.models.norm_parameters import own_params, params_for
 from sdpoint_jax.models.pool import averaging_matrix, downsampled_size, window_cells
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.programs.layout import channels_first
@@ -25,6 +25,7 @@ from sdpoint_jax.storage.artefact import Artefact
 
 OPSET, IR_VERSION = 17, 8  # Of the year 2022: what every runtime in use reads.
 Size = tuple[int, int]  # Height and width.
+Value = TypeVar("Value")
 _END = np.iinfo(np.int64).max
 
 
@@ -49,9 +50,16 @@ def build_model(swept: Artefact, instance: SDPointInstance) -> onnx.ModelProto:
     return model
 
 
-def lay_out(params: Any) -> dict[str, np.ndarray]:
-    """Copies the parameters, nested dicts, as the graphs take them; by the names that they have there."""
-    return {name: channels_first(array) for name, array in traverse_util.flatten_dict(params, sep="/").items()}
+def lay_out(swept: Artefact) -> dict[str, np.ndarray]:
+    """Copies the parameters that all instances share as the graphs take them; by the names that they have there."""
+    shared = traverse_util.flatten_dict(params_for(swept.params, FULL_RESOLUTION), sep="/")
+    return {name: channels_first(array) for name, array in shared.items()}
+
+
+def without_own(swept: Artefact, instance: SDPointInstance, by_name: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns the entries, by the parameters' names, but for those of parameters that an instance has for itself."""
+    own = traverse_util.flatten_dict(own_params(swept.params, instance), sep="/")
+    return {name: value for name, value in by_name.items() if name not in own}
 
 
 def refer_to_file(model: onnx.ModelProto, file: str, places: Mapping[str, tuple[int, int]]) -> None:

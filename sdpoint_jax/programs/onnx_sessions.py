@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jax.typing import ArrayLike
 
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.norm_parameters import own_params, params_for
+from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.storage.artefact import Artefact
 from sdpoint_jax.storage.device import count_threads
 
@@ -93,14 +91,13 @@ class OnnxSessions:
     def _open(self, instance):
         import onnxruntime
 
-        from sdpoint_jax.programs.onnx_graph import build_model, lay_out, refer_to_file
+        from sdpoint_jax.programs.onnx_graph import build_model, lay_out, refer_to_file, without_own
 
         if not self._params:
-            arrays = lay_out(params_for(self._swept.params, FULL_RESOLUTION))
+            arrays = lay_out(self._swept)
             self._params = {name: (a, onnxruntime.OrtValue.ortvalue_from_numpy(a)) for name, a in arrays.items()}
         model = build_model(self._swept, instance)
-        own = traverse_util.flatten_dict(own_params(self._swept.params, instance), sep="/")
-        shared = {name: pair for name, pair in self._params.items() if name not in own}
+        shared = without_own(self._swept, instance, self._params)
         # To a file that is none: the values that the session is given take its place.
         refer_to_file(model, "params", {name: (0, array.nbytes) for name, (array, _) in shared.items()})
         options = onnxruntime.SessionOptions()

@@ -5,8 +5,6 @@ import pathlib
 import pytest
 import services
 
-from sdpoint_jax.storage import artefact
-
 pytest.importorskip("fastapi", reason="needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = pathlib.Path("/usr/bin/chromium")
@@ -18,10 +16,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address(swept, tmp_path_factory):
-    path = tmp_path_factory.mktemp("served") / "artefact"
-    artefact.save(services.with_latencies(artefact.load(swept.folder / "artefact")), path)
-    with services.running(path, "--objective-ms=20000", "--instances=all") as (_, address):
+def address(served):
+    with services.running(served, "--objective-ms=20000", "--instances=all") as (_, address):
         yield address
 
 

@@ -18,7 +18,6 @@ import services
 from PIL import Image
 
 from sdpoint_jax.serving.predictor import Predictor
-from sdpoint_jax.storage import artefact
 
 pytest.importorskip("ray", reason="needs the extra ray")
 parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra predict")
@@ -33,14 +32,6 @@ def cluster():
     """A cluster: its process, and the environment of what uses it."""
     with clusters.cluster() as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def served(swept, tmp_path_factory):
-    """The path of an artefact that was profiled."""
-    path = tmp_path_factory.mktemp("served") / "artefact"
-    artefact.save(services.with_latencies(artefact.load(swept.folder / "artefact")), path)
-    return path
 
 
 @pytest.fixture(scope="module")

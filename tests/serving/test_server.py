@@ -18,7 +18,6 @@ from PIL import Image
 from sdpoint_jax.serving.controller import Controller, LatencyTable
 from sdpoint_jax.serving.engine import Engine, Late, Refusal
 from sdpoint_jax.serving.predictor import Predictor
-from sdpoint_jax.storage import artefact
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 httpx = pytest.importorskip("httpx2", reason="needs the extra dev")
@@ -26,14 +25,6 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from sdpoint_jax.serving import server  # noqa: E402
 from sdpoint_jax.serving.server import Delay, Limits, create_app  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def served(swept, tmp_path_factory):
-    """The path of an artefact that was profiled."""
-    path = tmp_path_factory.mktemp("served") / "artefact"
-    artefact.save(services.with_latencies(artefact.load(swept.folder / "artefact")), path)
-    return path
 
 
 @pytest.fixture(scope="module")
