@@ -29,10 +29,10 @@ def _grouped(depth, groups, width):
     return Architecture(_IMAGENET_DEPTHS[depth], groups * width, 256, bottleneck=True, groups=groups)
 
 
-def _resnet(depth):
-    """Makes the net of He et al. 2016, section 4.2: shortcuts without parameters, option A."""
+def _resnet(depth, width=16):
+    """Makes the net of He et al. 2016, section 4.2: shortcuts without parameters, option A; theirs are 16 wide."""
     blocks = (depth - 2) // 6
-    return Architecture((blocks,) * 3, 16, 16, stem=16, imagenet_stem=False, shortcut="padded_identity")
+    return Architecture((blocks,) * 3, width, width, stem=width, imagenet_stem=False, shortcut="padded_identity")
 
 
 def _preresnet(depth, *, bottleneck=False):
@@ -75,9 +75,11 @@ def architecture(name: str) -> Architecture:
     """Returns the row of the table called `name`.
 
     Args:
-        name: a key of `ARCHITECTURES`, or `wrn{depth}_{width}`, a WRN of any depth 6n + 4 and width. With the ending
-            `_` and a kind of shortcut, as in `resnet20_projection_norm`, it is the same net with that shortcut. What
-            follows a dot is timm's name for the weights, as in `resnet50.a1_in1k`, and means nothing here.
+        name: a key of `ARCHITECTURES`; or `wrn{depth}_{width}`, a WRN of any depth 6n + 4 and width; or
+            `resnet{depth}_w{width}`, a ResNet for small images of any depth 6n + 2 with `width` channels in its first
+            stage instead of 16. With the ending `_` and a kind of shortcut, as in `resnet20_projection_norm`, it is
+            the same net with that shortcut. What follows a dot is timm's name for the weights, as in
+            `resnet50.a1_in1k`, and means nothing here.
 
     Raises:
         ValueError: unknown name; lists the known ones.
@@ -86,14 +88,18 @@ def architecture(name: str) -> Architecture:
     kind = next((kind for kind in get_args(ShortcutKind) if known.endswith(f"_{kind}")), None)
     known = known.removesuffix(f"_{kind}")
     wide = re.fullmatch(r"wrn([0-9]+)_([0-9]+)", known)
+    narrow = re.fullmatch(r"resnet([0-9]+)_w([0-9]+)", known)
     if known in ARCHITECTURES:
         found = ARCHITECTURES[known]
     elif wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
         found = _wide(int(wide[1]), int(wide[2]))
+    elif narrow and int(narrow[1]) >= 8 and int(narrow[1]) % 6 == 2 and int(narrow[2]) >= 1:
+        found = _resnet(int(narrow[1]), int(narrow[2]))
     else:
         raise ValueError(
-            f"model {name!r}: known are {', '.join(ARCHITECTURES)} and wrn{{depth}}_{{width}} of depth 6n + 4 >= 10; "
-            f"with another shortcut after an underscore, {' or '.join(get_args(ShortcutKind))}"
+            f"model {name!r}: known are {', '.join(ARCHITECTURES)}, wrn{{depth}}_{{width}} of depth 6n + 4 >= 10 and "
+            f"resnet{{depth}}_w{{width}} of depth 6n + 2 >= 8; with another shortcut after an underscore, "
+            f"{' or '.join(get_args(ShortcutKind))}"
         )
     return dataclasses.replace(found, shortcut=kind) if kind else found
 

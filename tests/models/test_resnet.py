@@ -268,6 +268,8 @@ PUBLISHED_PARAMETERS = {
     "wide_resnet50_2": (1000, 68_883_240),
     "wide_resnet101_2": (1000, 126_886_696),
     "resnet50.a1_in1k": (1000, 25_557_032),
+    # Counted layer by layer: half as wide as He et al.'s.
+    "resnet20_w8": (10, 68_050),
     # As small nets were before they had their papers' shortcuts.
     "resnet20_projection_norm": (10, 272_474),
     "wrn28_10_projection_norm": (10, 36_479_194 + 2 * (160 + 320 + 640)),

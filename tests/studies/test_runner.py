@@ -117,13 +117,13 @@ def test_curves_and_comparisons_are_of_recipes(study):
 def test_a_key_that_this_version_lacks_makes_a_cell_unavailable(tmp_path, capsys):
     recipes = (
         grids.Recipe("new_key", {"training.magic": 1}),
-        grids.Recipe("new_net", {"model.name": "resnet20_w3"}),
+        grids.Recipe("new_net", {"model.name": "resnet21"}),
         grids.Recipe("new_draw", {"sampling": "magic"}),
     )
     listed = cells.list_cells(dataclasses.replace(STUDY, recipes=recipes), [0])
     states = runner.list_states(listed, SOURCE, tmp_path, tmp_path / "A.csv")
     assert "not available: this version has no config.training.magic" in states[0]
-    assert "not available: this version has no net 'resnet20_w3'" in states[1]
+    assert "not available: this version has no net 'resnet21'" in states[1]
     assert "not available: config.sampling 'magic'" in states[2]
     runner.run_cells(listed, SOURCE, tmp_path, tmp_path / "A.csv")
     assert capsys.readouterr().out.count("not available") == 3
