@@ -20,7 +20,7 @@ from results import Row
 from sdpoint_jax.config import RUN_TIME_KEYS, check_config, default_config, known_keys
 from sdpoint_jax.evaluation.sweep import sweep
 from sdpoint_jax.experiment import Experiment, parse_instances
-from sdpoint_jax.instance import SAMPLINGS
+from sdpoint_jax.instance import SAMPLINGS, WEIGHTED
 from sdpoint_jax.models.registry import architecture
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow
@@ -122,8 +122,9 @@ def _check(config):
         check_config(config)
     except ValueError as error:
         raise NotAvailableError(str(error)) from None
-    if config.sampling not in SAMPLINGS:
-        raise NotAvailableError(f"config.sampling {config.sampling!r}: this version has {', '.join(SAMPLINGS)}")
+    samplings = (*SAMPLINGS, *WEIGHTED)
+    if config.sampling not in samplings:
+        raise NotAvailableError(f"config.sampling {config.sampling!r}: this version has {', '.join(samplings)}")
 
 
 def digest_settings(config: ConfigDict) -> str:

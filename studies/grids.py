@@ -226,7 +226,7 @@ STUDY_C = Study(
         Recipe("paper_averaged", {"ema_decay": 0.999}),
         Recipe("pair", _PAIR),
         Recipe("pair_distilled", {**_PAIR, "distillation": 1.0}),
-        Recipe("paper_by_cost", {"sampling": "cost"}),
+        Recipe("paper_by_cost", {"sampling": "cost", "sampling_powers": (1.0, 1.0)}),  # The dear ones more often.
         Recipe("paper_slow", {"learning_rate": 0.05}),
         Recipe("sandwich_slow", {**_SANDWICH, "learning_rate": 0.05}),
         Recipe("paper_light", {"weight_decay": 1e-4}),

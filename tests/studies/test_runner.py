@@ -114,6 +114,13 @@ def test_curves_and_comparisons_are_of_recipes(study):
         assert sweep.images in ("augmented", "clean")
 
 
+@pytest.mark.parametrize("study", grids.STUDIES.values(), ids=grids.STUDIES)
+def test_this_version_has_what_every_recipe_asks_for(study):
+    source = cells.Source("folder:/images", init_from="/original")
+    for cell, recipe in zip(cells.list_cells(study, [0]), study.recipes, strict=True):
+        assert cells.digest_settings(cells.make_config(cell, source)), recipe.name  # Or NotAvailableError.
+
+
 def test_a_key_that_this_version_lacks_makes_a_cell_unavailable(tmp_path, capsys):
     recipes = (
         grids.Recipe("new_key", {"training.magic": 1}),
