@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import chex
 import commands
@@ -89,28 +90,29 @@ def test_the_same_command_again_changes_nothing(finished, capsys):
     assert "continuing after step 30 of 30" in capsys.readouterr().out
 
 
-class StopAfter(threading.Thread):
-    """Sends SIGTERM once the log has so many rows."""
+@contextlib.contextmanager
+def stopped_at(step):
+    """Asks the run that trains in the context to stop, by SIGTERM as it finishes that step; it must."""
+    finish = training.Loop._finish_step
 
-    def __init__(self, workdir, step):
-        super().__init__(daemon=True)
-        self._path, self._step = workdir / "checkpoints" / str(step), step
+    def finish_and_stop(self, finished, *args):
+        if finished == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self, finished, *args)
 
-    def run(self):
-        while not self._path.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    with mock.patch.object(training.Loop, "_finish_step", finish_and_stop):
+        with pytest.raises(training.Interrupted, match=r"stopped after step \d+ of"):
+            yield
 
 
 def test_a_stopped_run_ends_as_an_uninterrupted_one(finished, tmp_path):
     whole, _ = finished
-    StopAfter(tmp_path, 10).start()
-    with pytest.raises(training.Interrupted, match=r"stopped after step \d+ of 30"):
+    with stopped_at(10):
         training.train(tiny.config(), tmp_path)
-    stopped_at, _, _ = checkpoint.newest(tmp_path / "checkpoints")
-    assert 10 < stopped_at < TOTAL_STEPS
+    step, _, _ = checkpoint.newest(tmp_path / "checkpoints")
+    assert 10 < step < TOTAL_STEPS
     with (tmp_path / "metrics.jsonl").open("a") as log:  # As left by a run that was killed later than it saved.
-        log.write(json.dumps({"step": stopped_at, "loss": 0}) + '\n{"step": 99')
+        log.write(json.dumps({"step": step, "loss": 0}) + '\n{"step": 99')
     training.train(tiny.config(), tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, whole))
@@ -175,21 +177,20 @@ def test_the_first_step_runs_before_the_programs_of_later_ones_are_there(tmp_pat
     assert training.train(config, tmp_path)
 
 
-def test_a_stop_does_not_wait_for_a_program_that_compiles(finished, tmp_path, slow_compiler):
+def test_a_stop_does_not_wait_for_a_program_that_compiles(finished, tmp_path, monkeypatch, slow_compiler):
     found, stopped = plan.Plan(tiny.config()), threading.Event()
     late = found.sets_by_first_use(0)[-1]
     first_use = next(step for step in range(TOTAL_STEPS) if found.draw(step) == late)
+    wait_for_programs = training.Loop._wait_for_programs
 
-    def wait_for(key):
-        if key == late:
-            while not (tmp_path / "metrics.jsonl").exists():
-                time.sleep(0.01)
-            time.sleep(1)  # Steps wait by now; else the stop comes sooner, and the run ends at an earlier step.
+    def stop_and_wait(self, instances):
+        if instances == late:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stopped.wait(60)
+        wait_for_programs(self, instances)
 
-    slow_compiler(wait_for)
-    with pytest.raises(training.Interrupted, match=f"stopped after step {first_use} of 30"):
+    slow_compiler(lambda key: key != late or stopped.wait(60) or pytest.fail("no stop"))
+    with monkeypatch.context() as patch, pytest.raises(training.Interrupted, match=f"after step {first_use} of 30"):
+        patch.setattr(training.Loop, "_wait_for_programs", stop_and_wait)
         training.train(tiny.config(), tmp_path)
     stopped.set()
     assert checkpoint.newest(tmp_path / "checkpoints")[0] == first_use
@@ -242,8 +243,7 @@ def check_same_run(workdir, whole):
 def test_a_stopped_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, finished_with_everything, tmp_path):
     whole, results = finished_with_everything
     config = everything.config(teacher)
-    StopAfter(tmp_path, 4).start()
-    with pytest.raises(training.Interrupted):
+    with stopped_at(4):
         training.train(config, tmp_path)
     assert training.train(config, tmp_path) == results
     check_same_run(tmp_path, whole)
@@ -447,8 +447,7 @@ def test_a_step_that_is_not_finite_can_be_replayed_alone(tmp_path):
 
 def test_skipped_steps_are_counted_across_restarts(tmp_path, capsys):
     config = tiny.config(learning_rate=1e30, num_epochs=0.3, on_nonfinite="skip", checkpoint_every_steps=4)
-    StopAfter(tmp_path, 4).start()
-    with pytest.raises(training.Interrupted):
+    with stopped_at(4):
         training.train(config, tmp_path)
     training.train(config, tmp_path)
     counts = [row["skipped"] for row in rows(tmp_path) if "skipped" in row]
@@ -530,8 +529,7 @@ def fill(folder):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads.
 def test_a_disk_that_fills_up_leaves_the_checkpoints_sound(full_disk):
     workdir = full_disk(8)
-    with pytest.raises(training.Interrupted):
-        StopAfter(workdir, 10).start()
+    with stopped_at(10):
         training.train(tiny.config(), workdir)
     step, arrays, _ = checkpoint.newest(workdir / "checkpoints")
     fill(workdir)
