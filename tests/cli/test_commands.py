@@ -308,6 +308,7 @@ def ended(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.xdist_group("commands")  # One worker runs them all, once.
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: f"{CASES[index][0]} {' '.join(CASES[index][1])}")
 def test_bad_input_is_one_line_that_names_it(ended, index):
     found, message = ended[index], CASES[index][2]

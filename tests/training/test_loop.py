@@ -227,6 +227,9 @@ def teacher(tmp_path_factory):
     return path
 
 
+with_everything = pytest.mark.xdist_group("everything")  # One worker trains it, once.
+
+
 @pytest.fixture(scope="module")
 def finished_with_everything(teacher, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("everything")
@@ -240,6 +243,7 @@ def check_same_run(workdir, whole):
     chex.assert_trees_all_equal(ours, theirs)
 
 
+@with_everything
 def test_a_stopped_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, finished_with_everything, tmp_path):
     whole, results = finished_with_everything
     config = everything.config(teacher)
@@ -249,6 +253,7 @@ def test_a_stopped_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, 
     check_same_run(tmp_path, whole)
 
 
+@with_everything
 def test_what_is_trained_with_every_setting_is_swept(finished_with_everything):
     workdir, _ = finished_with_everything
     arrays = checkpoint.newest(workdir / "checkpoints")[1]
@@ -276,6 +281,7 @@ def start_with_everything(teacher, workdir, devices):
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+@with_everything
 def test_a_killed_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, finished_with_everything, tmp_path):
     whole, results = finished_with_everything
     process = start_with_everything(teacher, tmp_path, devices=8)
@@ -289,6 +295,7 @@ def test_a_killed_run_with_every_setting_ends_as_an_uninterrupted_one(teacher, f
     check_same_run(tmp_path, whole)
 
 
+@with_everything
 def test_one_device_trains_with_every_setting_as_eight_do(teacher, finished_with_everything, tmp_path):
     process = start_with_everything(teacher, tmp_path, devices=1)
     _, errors = process.communicate()
