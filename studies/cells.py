@@ -4,23 +4,26 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import grids
 import jax
 from ml_collections import ConfigDict
-from results import Row
+from results import CASCADE, Row
 
 from sdpoint_jax.config import RUN_TIME_KEYS, check_config, default_config, known_keys
+from sdpoint_jax.evaluation import cascades
 from sdpoint_jax.evaluation.sweep import sweep
 from sdpoint_jax.experiment import Experiment, parse_instances
-from sdpoint_jax.instance import SAMPLINGS, WEIGHTED
+from sdpoint_jax.instance import FULL_RESOLUTION, SAMPLINGS, WEIGHTED, SDPointInstance
+from sdpoint_jax.models.cascade import select_cascade
 from sdpoint_jax.models.registry import architecture
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow
@@ -191,8 +194,37 @@ def run_cell(
         config.reestimate_images, config.reestimate_batches = chosen.images, chosen.batches
         instances = parse_instances(experiment.model, chosen.instances, config.points, config.ratios)
         folder = workdir / "sweeps" / f"{chosen.images}_{chosen.batches}"
-        rows = sweep(experiment, params, instances, folder, split=config.dataset.test_split)
-        yield tuple(_row(row, chosen, shared) for row in rows)
+        swept = sweep(experiment, params, instances, folder, split=config.dataset.test_split)
+        rows = [_row(row, chosen, shared) for row in swept]
+        yield tuple(rows + (_cascades(experiment, instances, folder, rows) if chosen.cascades else []))
+
+
+def _cascades(
+    experiment: Experiment, instances: Sequence[SDPointInstance], folder: pathlib.Path, rows: Sequence[Row]
+) -> list[Row]:
+    """Finds the best cascade at each of `grids.CASCADE_COSTS`, on training images, as those of a sweep's artefact."""
+    data, full = experiment.config.dataset, next(row for row in rows if row.instance == FULL_RESOLUTION.name)
+    plan = cascades.plan_cascades(
+        experiment, instances, cascades.AUTO, split=data.test_split, calibration_split=data.train_split
+    )
+    found, _ = cascades.evaluate_cascades(experiment, plan, folder)
+    cheapest = min((row.evaluated.mean_macs for row in found), default=math.inf)
+    best = {
+        percent: select_cascade(found, percent / 100 * full.macs)
+        for percent in grids.CASCADE_COSTS
+        if percent / 100 * full.macs >= cheapest
+    }
+    return [
+        dataclasses.replace(
+            full,
+            instance=f"{CASCADE}{percent}",
+            macs=round(row.evaluated.mean_macs),
+            top1=row.evaluated.top1,
+            loss=None,
+            n=row.evaluated.n,
+        )
+        for percent, row in best.items()
+    ]
 
 
 def _row(row: InstanceRow, chosen: grids.Sweep, shared: Mapping[str, Any]) -> Row:

@@ -74,32 +74,38 @@ def points_of(study: Study, curve: Curve, rows: Sequence[Row]) -> tuple[Point, .
     found = [
         point
         for recipe in curve.recipes
-        for point in results.points(rows, recipe, statistics=curve.statistics, batches=batches)
-        if curve.instances == "all" or point.first.instance == "full"
+        for point in results.points(
+            rows, recipe, statistics=curve.statistics, batches=batches, cascades=curve.instances == "cascades"
+        )
+        if curve.instances != "full" or point.first.instance == "full"
     ]
     if len(found) < min(2, len(curve.recipes)):
         return ()
-    return tuple(sorted(found, key=lambda point: (getattr(point.first, study.x), point.mean)))
+    return tuple(sorted(found, key=lambda point: (_x_of(study, point), point.mean)))
+
+
+def _x_of(study, point):
+    """Where a point lies on the horizontal axis."""
+    return point.macs / 1e6 if study.x == "macs" else point.first.statistics_batches
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Returns the points that no other one beats in both MACs and mean top-1, from the cheapest on."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.first.macs, -point.mean)):
+    for point in sorted(points, key=lambda point: (point.macs, -point.mean)):
         if not front or point.mean > front[-1].mean:
             front.append(point)
     return front
 
 
 def _draw_curve(axes, study, curve, points, style):
-    on_macs = study.x == "macs"
-    x = [getattr(point.first, study.x) / (1e6 if on_macs else 1) for point in points]
+    x = [_x_of(study, point) for point in points]
     y = [100 * point.mean for point in points]
     bars = [[100 * (point.mean - point.low) for point in points], [100 * (point.high - point.mean) for point in points]]
     axes.errorbar(x, y, yerr=bars, linestyle="", markersize=5, elinewidth=1, capsize=2, label=curve.label, **style)
-    line = pareto_front(points) if on_macs and curve.instances == "all" else points
+    line = pareto_front(points) if study.x == "macs" and curve.instances != "full" else points
     axes.plot(
-        [getattr(point.first, study.x) / (1e6 if on_macs else 1) for point in line],
+        [_x_of(study, point) for point in line],
         [100 * point.mean for point in line],
         color=style["color"],
         linewidth=1,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 STATISTICS_BATCHES = 50  # That the statistics come from, where a study does not compare numbers of them.
+CASCADE_COSTS = (50, 60, 70, 75, 80, 90)  # Mean costs that cascades are found for, in % of full resolution's MACs.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Sweep:
         instances: names with commas between them, or `all` at the points and ratios of the recipe.
         images: `augmented` or `clean` training images, to re-estimate the BatchNorm statistics from.
         batches: how many batches of them, of `config.evaluation_batch_size` images each.
+        cascades: whether cascades of these instances are searched for as well, on training images.
     """
 
     instances: str = "all"
     images: str = "augmented"
     batches: int = STATISTICS_BATCHES
+    cascades: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +54,13 @@ class Curve:
     Attributes:
         label: in the legend.
         recipes: whose instances are the points.
-        instances: `all`, or `full` for full resolution alone.
+        instances: `all`, `full` for full resolution alone, or `cascades`.
         statistics: the images that the BatchNorm statistics come from.
     """
 
     label: str
     recipes: tuple[str, ...]
-    instances: Literal["all", "full"] = "all"
+    instances: Literal["all", "full", "cascades"] = "all"
     statistics: str = "augmented"
 
 
@@ -212,6 +215,7 @@ _SANDWICH = {"instances_per_step": 3}  # Full resolution, the cheapest instance 
 # Multiply-accumulates of a step, ResNet-20, full resolution alone being 1: the sandwich 1.38, the paper's draw 0.77.
 _SANDWICH_COST = 1.8
 _PAIR = {"instances_per_step": 2, "step_instances": "full"}  # Full resolution and a drawn one.
+_WITH_CASCADES = (Sweep(cascades=True),)
 
 STUDY_C = Study(
     "C",
@@ -219,9 +223,9 @@ STUDY_C = Study(
     CIFAR,
     epochs=12,
     recipes=(
-        Recipe("paper"),
+        Recipe("paper", sweeps=_WITH_CASCADES),
         Recipe("sandwich", _SANDWICH),
-        Recipe("sandwich_distilled", {**_SANDWICH, "distillation": 1.0}),
+        Recipe("sandwich_distilled", {**_SANDWICH, "distillation": 1.0}, sweeps=_WITH_CASCADES),
         Recipe("paper_same_compute", length=_SANDWICH_COST),
         Recipe("paper_averaged", {"ema_decay": 0.999}),
         Recipe("pair", _PAIR),
@@ -237,6 +241,7 @@ STUDY_C = Study(
         Curve("the paper's draw, compute of the sandwich", ("paper_same_compute",)),
         Curve("sandwich", ("sandwich",)),
         Curve("sandwich, distilled", ("sandwich_distilled",)),
+        Curve("cascades of the sandwich, distilled", ("sandwich_distilled",), "cascades"),
     ),
     comparisons=(
         Comparison("sandwich", "paper", "sandwich", "the paper's draw, same steps"),

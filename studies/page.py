@@ -25,6 +25,8 @@ def write_snippets(study: Study, rows: Sequence[Row]) -> str:
             parts += [heading, _comparison_table(comparison, pairs), _finding(comparison, pairs)]
     if study.x == "macs" and (table := _table_of_separate_nets(study, rows)):
         parts.append(table)
+    if table := _table_of_cascades(study, rows):
+        parts.append(table)
     return "\n\n".join([*parts, _table_of_trainings(study, rows)]) + "\n"
 
 
@@ -58,7 +60,7 @@ def _pair(study: Study, comparison: Comparison, rows: Sequence[Row]) -> list[tup
 
 def _comparison_table(comparison, pairs):
     several = len({(p.first.statistics, p.first.statistics_batches) for p, _ in pairs}) > 1
-    full_cost = max(point.first.macs for point, _ in pairs)
+    full_cost = max(point.macs for point, _ in pairs)
     head = ["instance", "MACs", "of full", *(["statistics from"] if several else []), comparison.label]
     lines = _table_head([*head, comparison.baseline_label, "difference"])
     for point, other in pairs:
@@ -73,8 +75,8 @@ def _comparison_table(comparison, pairs):
 
 def _finding(comparison, pairs):
     """Says how often the recipe is above its baseline, by more than the spread where there is one."""
-    where, full_cost = "of these", max(point.first.macs for point, _ in pairs)
-    cheap = [(point, other) for point, other in pairs if point.first.macs < _BELOW * full_cost]
+    where, full_cost = "of these", max(point.macs for point, _ in pairs)
+    cheap = [(point, other) for point, other in pairs if point.macs < _BELOW * full_cost]
     if cheap:
         where, pairs = f"of the instances below {100 * _BELOW:.0f} % of full resolution's MACs", cheap
     if min(len(point.rows) for pair in pairs for point in pair) == 1:
@@ -94,11 +96,11 @@ def _table_of_separate_nets(study, rows):
     one_net = figures.points_of(study, study.curves[0], rows)
     if not nets or not one_net:
         return ""
-    label, full_cost = study.curves[0].label, max(point.first.macs for point in one_net)
+    label, full_cost = study.curves[0].label, max(point.macs for point in one_net)
     lines = _table_head(
         ["net trained for one cost", "input", "MACs", "of full", "top-1", f"{label}, at most that cost", "difference"]
     )
-    for net in sorted(nets, key=lambda point: -point.first.macs):
+    for net in sorted(nets, key=lambda point: -point.macs):
         first = net.first
         cells = [
             f"`{first.recipe}`",
@@ -107,7 +109,7 @@ def _table_of_separate_nets(study, rows):
             _percent_of(first.macs, full_cost),
             _top1(net),
         ]
-        affordable = [point for point in one_net if point.first.macs <= first.macs]
+        affordable = [point for point in one_net if point.macs <= first.macs]
         if affordable:
             best = max(affordable, key=lambda point: point.mean)
             difference = f"{100 * (best.mean - net.mean):+.2f}"
@@ -115,6 +117,19 @@ def _table_of_separate_nets(study, rows):
         else:
             lines.append(_line([*cells, "none costs so little", "-"]))
     return "\n".join(lines)
+
+
+def _table_of_cascades(study, rows):
+    """Sets the cascades of each recipe beside its full resolution."""
+    lines = _table_head(["cascades of", "mean MACs, at most", "mean MACs", "top-1", "full resolution", "difference"])
+    for recipe in study.recipes:
+        alone = results.points(rows, recipe.name, batches=grids.STATISTICS_BATCHES)
+        full = next((point for point in alone if point.first.instance == "full"), None)
+        for point in results.points(rows, recipe.name, cascades=True):
+            most = point.first.instance.removeprefix(results.CASCADE)
+            cells = [f"`{recipe.name}`", f"{most} %", _percent_of(point.macs, full.macs), _top1(point), _top1(full)]
+            lines.append(_line([*cells, f"{100 * (point.mean - full.mean):+.2f}"]))
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def _table_of_trainings(study, rows):

@@ -25,10 +25,11 @@ class Row:
         image_size: height and width in pixels, as `32x32`.
         epochs: of the training.
         images_seen: in training, with repetitions.
-        instance: name of the SDPoint instance.
-        macs: multiply-accumulates for one image.
+        instance: name of the SDPoint instance; or `cascade_60`, the best cascade of at most 60 % of full resolution's
+            MACs.
+        macs: multiply-accumulates for one image; of a cascade, the mean over the test images.
         top1: share of the test images that are classified correctly, in 0..1.
-        loss: mean cross-entropy on them.
+        loss: mean cross-entropy on them; None for a cascade.
         n: test images.
         statistics: `augmented` or `clean` training images, from which BatchNorm statistics were re-estimated.
         statistics_batches, statistics_images: how many of them.
@@ -52,7 +53,7 @@ class Row:
     instance: str
     macs: int
     top1: float
-    loss: float
+    loss: float | None
     n: int
     statistics: str
     statistics_batches: int
@@ -62,7 +63,13 @@ class Row:
     machine: str
     versions: str
 
+    @property
+    def is_cascade(self) -> bool:
+        """Tells whether the row is of a cascade, not of an instance."""
+        return self.instance.startswith(CASCADE)
 
+
+CASCADE = "cascade_"  # Then the most MACs in % of those of full resolution.
 _TYPES = typing.get_type_hints(Row)
 
 
@@ -115,6 +122,11 @@ class Point:
         return self.rows[0]
 
     @property
+    def macs(self) -> int:
+        """Returns the MACs for one image; of a cascade, which is another one with each seed, the mean."""
+        return round(sum(row.macs for row in self.rows) / len(self.rows))
+
+    @property
     def mean(self) -> float:
         """Returns the mean top-1 over the seeds, in 0..1."""
         return sum(row.top1 for row in self.rows) / len(self.rows)
@@ -131,7 +143,12 @@ class Point:
 
 
 def points(
-    rows: Iterable[Row], recipe: str, *, statistics: str | None = None, batches: int | None = None
+    rows: Iterable[Row],
+    recipe: str,
+    *,
+    statistics: str | None = None,
+    batches: int | None = None,
+    cascades: bool = False,
 ) -> tuple[Point, ...]:
     """Gathers the rows of a recipe by instance and statistics, in order of MACs and of the statistics' batches.
 
@@ -140,12 +157,13 @@ def points(
         recipe: its name.
         statistics: only from such images; by default from all.
         batches: only from so many batches; by default from any number.
+        cascades: those instead of the instances.
     """
     gathered: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.recipe != recipe or statistics not in (None, row.statistics):
+        if row.recipe != recipe or row.is_cascade != cascades or statistics not in (None, row.statistics):
             continue
         if batches in (None, row.statistics_batches):
-            key = (row.macs, row.instance, row.statistics, row.statistics_batches)
-            gathered.setdefault(key, []).append(row)
-    return tuple(Point(tuple(sorted(gathered[key], key=lambda row: row.seed))) for key in sorted(gathered))
+            gathered.setdefault((row.instance, row.statistics, row.statistics_batches), []).append(row)
+    found = {key: Point(tuple(sorted(some, key=lambda row: row.seed))) for key, some in gathered.items()}
+    return tuple(found[key] for key in sorted(found, key=lambda key: (found[key].macs, key)))

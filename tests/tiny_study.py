@@ -21,7 +21,7 @@ STUDY = grids.Study(
     epochs=1,
     recipes=(
         grids.Recipe("sdpoint", sweeps=(grids.Sweep("full,p01_r0.50", batches=2),)),
-        grids.Recipe("plain", {"instances": "full"}, sweeps=(grids.Sweep("full,p01_r0.50", batches=2),)),
+        grids.Recipe("plain", {"instances": "full"}, sweeps=(grids.Sweep("full,p01_r0.50", batches=2, cascades=True),)),
     ),
     curves=(grids.Curve("one net", ("sdpoint",)),),
     comparisons=(grids.Comparison("sdpoint", "plain", "SDPoint", "plain"),),

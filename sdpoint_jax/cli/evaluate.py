@@ -116,8 +116,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
     if args.cascades:
         found, _ = cascades.evaluate_cascades(parts, plan, output)
-        print(cascades.format_table(found, rows))
-        print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
+        if found:
+            print(cascades.format_table(found, rows))
+            print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
     if batch_sizes:
         profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes)
 

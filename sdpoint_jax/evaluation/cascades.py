@@ -116,7 +116,8 @@ def evaluate_cascades(
 ) -> tuple[list[CascadeRow], Artefact]:
     """Evaluates cascades of the sweep in `output`; writes cascades.json and cascades.png, adds them to the artefact.
 
-    Those on the Pareto front of the calibration images are kept in the artefact.
+    Those on the Pareto front of the calibration images are kept in the artefact. Where a search finds none, as no
+    instance is more accurate than a cheaper one on the calibration images, it says so and writes nothing.
 
     Args:
         experiment: that was swept.
@@ -142,6 +143,12 @@ def evaluate_cascades(
         logits, labels = _calibration_logits(experiment, plan, classify, instances)
         costs_of = _costs_of(experiment)
         chosen = choose_cascades(plan.cascades, logits, labels, costs_of)
+        if not chosen:
+            progress.say(
+                f"no cascade found: on the {len(labels)} calibration images no instance is more accurate than a "
+                "cheaper one; give names instead of auto to see some all the same"
+            )
+            return [], swept
         tallies = _tally_split(experiment, plan.split, classify, [calibrated.cascade for calibrated in chosen])
         rows = [
             _row(calibrated.cascade, costs_of(calibrated.cascade.stages), plan, logits, labels, tally)

@@ -197,6 +197,16 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(names, kwargs, me
         plan(experiment_with(), names, **kwargs)
 
 
+def test_a_search_that_finds_none_says_so_and_changes_nothing(swept, tmp_path, capsys, monkeypatch):
+    shutil.copytree(swept.folder / "artefact", tmp_path / "artefact")
+    plan = cascades.plan_cascades(swept.experiment, [FULL_RESOLUTION, EARLY], "auto", split="test")
+    monkeypatch.setattr(cascades.arithmetic, "search", lambda *_: [])
+    rows, found = cascades.evaluate_cascades(swept.experiment, plan, tmp_path)
+    assert rows == [] and found.cascades == ()
+    assert "no cascade found: on the 200 calibration images no instance is" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"artefact", "lock"}
+
+
 def test_one_instance_makes_no_cascade():
     experiment = experiment_with()
     with pytest.raises(ValueError, match="--cascades=auto: a cascade needs two instances; swept is full alone"):

@@ -55,6 +55,18 @@ def test_a_net_for_one_cost_stands_beside_what_the_one_net_does_at_that_cost(row
     assert "| `plain_24` | 24x24 | 23.0 M | 56 % | 74.00 | `p01_r0.50` 71.00 (70.00 to 72.00) | -3.00 |" in lines
 
 
+def test_cascades_stand_beside_full_resolution_with_their_mean_cost(rows):
+    rows += [
+        row("sdpoint", "cascade_60", macs, 0.80, seed, loss=None) for seed, macs in enumerate((20_400_000, 24_480_000))
+    ]
+    text = page.write_snippets(grids.STUDY_A, rows)
+    cells = "| `sdpoint` | 60 % | 55 % | 80.00 (80.00 to 80.00) | 79.50 (79.00 to 80.00) | +0.50 |"
+    assert cells in text.splitlines() and "| `cascade_60`" not in text
+    curve = grids.Curve("cascades", ("sdpoint",), "cascades")
+    assert [point.macs for point in figures.points_of(grids.STUDY_A, curve, rows)] == [22_440_000]
+    assert len(figures.points_of(grids.STUDY_A, grids.Curve("one net", ("sdpoint",)), rows)) == 2
+
+
 def test_one_seed_has_no_spread(rows):
     text = page.write_snippets(grids.STUDY_A, [some for some in rows if some.seed == 0])
     assert "| `full` | 40.8 M | 100 % | 80.00 | 81.00 | -1.00 |" in text.splitlines()

@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_cell_adds_a_row_for_each_instance(finished):
-    rows = results.read(finished[1])
+    rows = [row for row in results.read(finished[1]) if not row.is_cascade]
     assert [(row.recipe, row.instance) for row in rows] == [
         (recipe, instance) for recipe in ("sdpoint", "plain") for instance in ("full", "p01_r0.50")
     ]
@@ -34,6 +34,16 @@ def test_a_cell_adds_a_row_for_each_instance(finished):
     assert rows[1].macs < rows[0].macs
     assert all(0.05 < row.top1 < 1 and row.train_seconds > 0 for row in rows)
     assert len({row.settings for row in rows}) == 2
+
+
+def test_a_cell_adds_a_row_for_the_best_cascade_of_each_cost(finished):
+    full, cheap, *found = [row for row in results.read(finished[1]) if row.recipe == "plain"]
+    affordable = [percent for percent in grids.CASCADE_COSTS if percent / 100 * full.macs > cheap.macs]
+    assert [row.instance for row in found] == [f"cascade_{percent}" for percent in affordable]
+    for row, percent in zip(found, affordable):
+        assert cheap.macs <= row.macs <= percent / 100 * full.macs
+        assert (row.n, row.loss, row.train_images) == (400, None, full.train_images)
+    assert len({row.macs for row in found}) > 1
 
 
 def test_a_cell_that_is_there_is_not_run_again(finished, monkeypatch, tmp_path):
@@ -67,7 +77,7 @@ def test_a_sweep_that_is_missing_needs_no_second_training(finished, monkeypatch)
     other = file.with_name("other.csv")
     results.write(other, results.read(file)[2:])
     runner.run_cells(CELLS[:1], SOURCE, out, other)
-    assert results.read(other)[2:] == results.read(file)[:2]
+    assert results.read(other)[-2:] == results.read(file)[:2]
 
 
 def test_a_training_that_was_killed_has_no_time(finished, tmp_path):
