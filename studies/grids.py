@@ -279,6 +279,7 @@ STUDY_D = Study(
             if epochs
             for recipe in (Recipe(f"taught_{epochs}", _TAUGHT, length), Recipe(f"paper_{epochs}", length=length))
         ),
+        Recipe("taught_20_own_norms", {**_TAUGHT, "model.norm_parameters": "per_instance"}),
     ),
     curves=(
         Curve("as it was trained", ("paper_0",)),
@@ -289,6 +290,7 @@ STUDY_D = Study(
         Comparison("taught_20", "paper_0", "20 epochs, sandwich and teacher", "as it was trained"),
         Comparison("taught_20", "paper_20", "20 epochs, sandwich and teacher", "20 epochs, the paper's draw"),
         Comparison("taught_3", "paper_0", "3 epochs, sandwich and teacher", "as it was trained"),
+        Comparison("taught_20_own_norms", "taught_20", "with BatchNorm parameters of its own", "20 epochs, shared"),
     ),
     needs_init=True,
 )
