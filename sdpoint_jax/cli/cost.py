@@ -6,8 +6,9 @@ the time that they and the MACs take there: on accelerators, time follows bytes 
 
 import argparse
 import dataclasses
+import os
 import re
-import signal
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +49,10 @@ def run(args: argparse.Namespace) -> None:
         report = roofline.format_estimates(model, instances, args.image_size, batch_size, device, args.channels)
     else:
         report = macs.format_instances(model, instances, args.image_size, args.channels)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # A reader that has seen enough, as `head`, is no error.
-    print(report)
+    try:
+        print(report, flush=True)
+    except BrokenPipeError:  # A reader that has seen enough, as `head`, is no error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The process's end flushes once more.
 
 
 def _device(args):

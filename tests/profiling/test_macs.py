@@ -1,7 +1,12 @@
 """Costs counted from shapes are those of the published tables, and of what the nets really do."""
 
 import functools
+import os
+import pathlib
 import re
+import signal
+import subprocess
+import sys
 
 import commands
 import jax
@@ -15,6 +20,7 @@ from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.macs import Cost, LayerCost, count_cost, count_macs, list_layers
 
+ROOT = pathlib.Path(__file__).parents[2]
 # torchvision's published figures at 224 x 224 for 1000 classes: billions of multiply-accumulates, parameters.
 TORCHVISION = {
     "resnet18": (1.814, 11_689_512),
@@ -169,3 +175,18 @@ def test_the_command_lists_the_layers_of_an_instance(capsys):
 )
 def test_a_wrong_argument_of_the_command_is_one_line_and_an_exit_code(arguments, message, capsys):
     assert message in commands.error_of(capsys, "cost", *arguments)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "sdpoint_jax", "cost", "--model=resnet20", "--image-size=32"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_command_leaves_the_signals_of_its_process_as_they_were(capsys):
+    before = signal.getsignal(signal.SIGPIPE)
+    commands.run("cost", "--model=resnet20", "--image-size=32")
+    assert signal.getsignal(signal.SIGPIPE) == before
