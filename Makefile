@@ -2,7 +2,8 @@
 # make test: from a fresh machine to green tests. Both install into .venv the versions that were tested together.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# A worker that dies ends the tests and is named: to replace it would leave them waiting for ever.
+PYTEST_ARGS ?= -n 2 --dist loadgroup --max-worker-restart=0
 BIN = .venv/bin
 PINS = requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
