@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from sdpoint_jax.models import target
 from sdpoint_jax.models.blocks import DEVICE_AXIS
@@ -98,7 +98,7 @@ def _on_one(function, in_axes, out_axes):
 
     out_specs = tuple(specs[axis] for axis in out_axes) if several else specs[out_axes]
     in_specs = tuple(specs[axis] for axis in in_axes)
-    mesh = AbstractMesh((1,), (AXIS,))
+    mesh = AbstractMesh((1,), (AXIS,), axis_types=(AxisType.Auto,))  # From jax 0.12 on, Explicit is the default.
     return jax.shard_map(apply, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
