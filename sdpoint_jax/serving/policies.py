@@ -81,7 +81,14 @@ class Plan:
         return int(np.argmax(work <= tolerance * work.min()))
 
     def lateness(
-        self, instance: int, size: int, *, level: float = 0.0, since: float = -math.inf, margin: float | None = None
+        self,
+        instance: int,
+        size: int,
+        *,
+        level: float = 0.0,
+        since: float = -math.inf,
+        margin: float | None = None,
+        before: float = 1.0,
     ) -> float:
         """Returns by how many seconds a deadline is missed if the queue is drained from now on.
 
@@ -94,7 +101,8 @@ class Plan:
             size: number of the largest batch size.
             level: seconds for an image, that the others may take; 0 for the fastest instances.
             since: only batches count that hold requests with a deadline from this one on.
-            margin: instead of the plan's.
+            margin: instead of the plan's, of the batch itself.
+            before: by which the work before a batch is multiplied.
 
         Returns:
             the largest lateness of a batch; negative where all are in time.
@@ -108,15 +116,19 @@ class Plan:
         if len(parts) > 1:
             order = np.argsort(deadlines, kind="stable")
             deadlines, times = deadlines[order], times[order]
-        before = np.cumsum(times) - times + self._busy
-        late = self._now + before / self._workers + times * (margin or self.margin) - deadlines
+        work = (np.cumsum(times) - times + self._busy) * before
+        late = self._now + work / self._workers + times * (margin or self.margin) - deadlines
         return float(late[max(0, int(np.searchsorted(deadlines, since, "right")) - 1) :].max())
 
     def least_lateness(self, since: float) -> float:
-        """Returns the lateness on the fastest instances in the batch size that is best for it, if none fits."""
+        """Returns the lateness on the fastest instances in the batch size that is best for it, if none fits.
+
+        The margin counts for all work, also that of batches before. Where more comes than can be answered, to accept
+        less loses no answer, as the queue is never empty; and who is refused knows it at once.
+        """
         least = math.inf
         for size in self.sizes(self.line.fastest):
-            least = min(least, self.lateness(self.line.fastest, size, since=since))
+            least = min(least, self.lateness(self.line.fastest, size, since=since, before=self.margin))
             if least <= 0:
                 break
         return least
