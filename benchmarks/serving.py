@@ -6,7 +6,8 @@ The controller plans with a table of profiled latencies; the simulated machine t
 by a factor of its own, each batch by noise, and from time to time everything may be slow. Time is scaled so that the
 mean rate of arrivals is `--loads` times what full resolution sustains. Attainment is the share of all requests that are
 answered within their deadline; accuracy is the mean top-1, by the table, of these answers; their product counts an
-answer that misses its deadline as a wrong one. It needs no JAX, and the same seeds give the same numbers.
+answer that misses its deadline as a wrong one. A policy followed by `/open`, as `slackfit/open`, refuses nothing and
+gives nothing up. It needs no JAX, and the same seeds give the same numbers.
 """
 
 import argparse
@@ -304,14 +305,17 @@ def run(options: argparse.Namespace, table: LatencyTable, policy: str, load: flo
     arrivals = unit_arrivals(options.arrivals, options.requests, seed, options.half) * full / (load * options.workers)
     low, high = options.deadlines_ms
     patience = np.random.default_rng([seed, 3]).uniform(low / 1e3, high / 1e3, len(arrivals))
-    controller = Controller(
+    name, slash, _ = policy.partition("/open")
+    control = Controller(
         table,
         objective=(low + high) / 2e3,
-        policy=policy,
+        policy=name,
         workers=options.workers,
-        admission=options.admission,
+        admission=not slash,
+        gives_up=not slash,
+        max_queue=len(arrivals) if slash else 1024,
     )
-    return simulate(controller, arrivals, patience, options.machine, seed)
+    return simulate(control, arrivals, patience, options.machine, seed)
 
 
 def compare(options: argparse.Namespace, table: LatencyTable) -> list[dict]:
@@ -426,7 +430,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", help="PNG file for the last load and the first seed")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="values of loads, seeds and policies")
     parser.add_argument("--loads", type=_numbers, help="mean rates, over what full resolution sustains")
-    parser.add_argument("--policies", type=_words, help="of the controller; `full` first to compare misses with it")
+    parser.add_argument("--policies", type=_words, help="of the controller, or NAME/open; `full` first")
     parser.add_argument("--plot-policies", type=_words, default=["full", "slackfit", "headroom"], help="in the plot")
     parser.add_argument("--seeds", type=int, help="how many, from 0 on")
     parser.add_argument("--table", help="JSON file with profiled rows; a made-up table without it")
@@ -439,7 +443,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8000, help="of the Gamma process")
     parser.add_argument("--deadlines-ms", type=_span, default=(36.0, 200.0), help="after arrival, uniform, as 36:200")
     parser.add_argument("--workers", type=int, default=1, help="that run batches at the same time")
-    parser.add_argument("--admission", type=_switch, default=True, help="yes: refuse at once what cannot be in time")
     parser.add_argument("--bias", type=float, default=Machine.bias, help="how far off each instance is (log, sd)")
     parser.add_argument("--noise", type=float, default=Machine.noise, help="how far off each batch is (log, sd)")
     parser.add_argument("--slow", type=_slow_phase, default=(), help="as 2:1:10: twice as slow for 1 s every 10 s")
@@ -457,12 +460,6 @@ def _words(text):
 
 def _numbers(text):
     return [float(word) for word in _words(text)]
-
-
-def _switch(text):
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r}: valid are yes and no")
-    return text == "yes"
 
 
 def _span(text):

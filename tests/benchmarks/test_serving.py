@@ -108,6 +108,14 @@ def test_the_command_prints_writes_and_draws_without_jax(tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_open_policy_answers_all_and_most_of_them_late_where_more_comes_than_it_can_do():
+    options = serving.parse(["--arrivals=gamma:1", "--requests=1500"])
+    table = made_up_table()
+    lost = serving.run(options, table, "full/open", 2.0, seed=0).summary()
+    assert lost["refused"] == lost["given_up"] == 0 and lost["late"] > 0.5
+    assert serving.run(options, table, "full", 2.0, seed=0).summary()["attainment"] > lost["attainment"]
+
+
 @pytest.mark.parametrize("load", [0.5, 1, 2])
 def test_headroom_answers_more_than_full_and_slackfit_and_more_accurately_than_the_cheapest(load):
     options = serving.parse(["--arrivals=gamma:6", "--requests=2500", "--loads=1", "--seeds=1"])

@@ -217,6 +217,15 @@ def test_what_is_accepted_but_became_hopeless_is_given_up_once():
     assert control.give_up(0.049) == () and control.waiting == 1
 
 
+def test_what_became_hopeless_is_answered_late_where_nothing_is_given_up():
+    control = controller(policy="cheapest", admission=False, gives_up=False)
+    control.submit(Request("late", deadline=0.05), 0.0)
+    for k in range(4):
+        control.submit(Request(k, deadline=0.5), 0.0)
+    batch = control.next_batch(0.06)
+    assert batch.requests[0].id == "late" and control.give_up(0.06) == ()
+
+
 def test_where_not_all_can_be_kept_the_batch_goes_to_those_who_gain_most_by_it():
     control = controller(policy="cheapest", admission=False)
     control.submit(Request("urgent", deadline=0.003), 0.0)
