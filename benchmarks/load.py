@@ -35,9 +35,10 @@ from sdpoint_jax.serving.controller import Controller, LatencyTable
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.serving.selection import check_device
 
-_CONNECTIONS = 2048  # At most; requests beyond them wait for one, and their time counts.
+# Connections: open before the first request, as those of a proxy are; and at most, later ones wait, and that counts.
+_OPEN_CONNECTIONS, _CONNECTIONS = 512, 2048
 DEFAULT_MACHINE = serving.Machine()
-_MEASURED_REQUESTS = 600
+_MEASURED_REQUESTS = 1200
 _CALM_GAP = 0.1  # Seconds between the requests before and after the load.
 _HEADERS = ("requests", "lost", "wrong", "in_time", "top1", "refused", "late", "p50_ms", "p99_ms")
 
@@ -99,6 +100,11 @@ class Client:
         self._free: list = []
         self._slots = asyncio.Semaphore(_CONNECTIONS)
 
+    async def connect(self, count: int) -> None:
+        """Opens connections for later."""
+        for _ in range(count):
+            self._free.append(await asyncio.open_connection(self._host, self._port))
+
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Sends one request; returns status and body."""
         async with self._slots:
@@ -139,7 +145,9 @@ def mix(times: Sequence[float], images: int, objective: float, macs: Sequence[fl
 
 async def send(url: str, asks: Sequence[Ask], bodies: dict[str, Sequence[bytes]]) -> list[Outcome]:
     """Sends the requests at their times, and waits for what comes back."""
-    client, start = Client(url), time.perf_counter()
+    client = Client(url)
+    await client.connect(min(len(asks), _OPEN_CONNECTIONS))
+    start = time.perf_counter()
 
     async def one(ask):
         await asyncio.sleep(ask.at - (time.perf_counter() - start))
@@ -187,13 +195,15 @@ def measure_machine(url: str, table: LatencyTable, bodies: Sequence[bytes]) -> s
     answered = ask_closely(url, path, bodies, 4 * size, _MEASURED_REQUESTS)
     answers = [answer for answer in answered.answers if answer["batch_size"] == size]
     took = np.array(sorted({answer["compute_ms"] / 1e3 for answer in answers}))  # Those of a batch have the same.
+    profiled = float(table.seconds[fastest, -1])
     steady = answered.ends[len(answered.ends) // 4 : -size]
     each = float(np.polyfit(np.arange(len(steady)), steady, 1)[0])  # The ends are in steps, a batch at once.
     read = refused.cpu_seconds / _MEASURED_REQUESTS
     return serving.Machine(
         bias=0.0,
         noise=float(np.log(took).std()),
-        handover_seconds=max(0.0, each * size - float(table.seconds[fastest, -1])),
+        pace=float(np.exp(np.log(took / profiled).mean())),
+        handover_seconds=max(0.0, each * size - float(took.mean())),
         read_seconds=read,
         answer_seconds=max(0.0, answered.cpu_seconds / _MEASURED_REQUESTS - read),
     )
@@ -370,7 +380,7 @@ def run_load(options: argparse.Namespace, service: dict, predictor: Predictor, i
     )
     costs = {name: 1e3 * getattr(machine, f"{name}_seconds") for name in ("read", "answer", "handover")}
     print(f"measured for the simulator: {', '.join(f'{name} {ms:.2f} ms' for name, ms in costs.items())}", end=", ")
-    print(f"batches vary by {100 * machine.noise:.1f} %")
+    print(f"batches take {machine.pace:.2f} of the profile and vary by {100 * machine.noise:.1f} %")
     print("".join([f"{'':12}", *(f"{name:>10}" for name in _HEADERS)]))
     for label, numbers in (("service", measured), ("simulator", predicted)):
         print(

@@ -53,6 +53,7 @@ class Machine:
         slow_factor: of the times of batches that start in a slow phase.
         slow_seconds: how long a slow phase lasts.
         slow_every: seconds from the start of one to that of the next; the first starts after this time.
+        pace: of the times of all batches, over the profile.
         handover_seconds: that pass at each batch beside computing it.
         read_seconds: that HTTP needs for a request before the controller sees it, one request after the other.
         answer_seconds: likewise to write an answer. Answers go before requests.
@@ -63,6 +64,7 @@ class Machine:
     slow_factor: float = 1.0
     slow_seconds: float = 0.0
     slow_every: float = math.inf
+    pace: float = 1.0
     handover_seconds: float = 0.0
     read_seconds: float = 0.0
     answer_seconds: float = 0.0
@@ -196,7 +198,7 @@ class _Simulation:
         table, machine = self._table, self._machine
         while (batch := self._controller.next_batch(now)) is not None:
             profiled = table.seconds[table.index_of(batch.instance), table.batch_sizes.index(batch.batch_size)]
-            factor = machine.slow_factor if machine.is_slow(now) else 1.0
+            factor = machine.pace * (machine.slow_factor if machine.is_slow(now) else 1.0)
             seconds = profiled * self._bias[batch.instance] * factor * math.exp(self._rng.normal(0, machine.noise))
             heapq.heappush(self._running, (now + seconds + machine.handover_seconds, len(self._batches), batch))
             self._batches.append(batch)
