@@ -188,22 +188,23 @@ def measure_machine(url: str, table: LatencyTable, bodies: Sequence[bytes]) -> s
         table: that it plans with.
         bodies: of requests like those to come.
     """
-    fastest, size = table.fastest(range(len(table.names))), table.batch_sizes[-1]
+    fastest = table.fastest(range(len(table.names)))
     refused = ask_closely(url, "/predict?top=1&deadline_ms=0.001", bodies, 16, _MEASURED_REQUESTS)
     name = urllib.parse.quote(table.names[fastest])
     path = f"/predict?top=1&deadline_ms=60000&instance={name}"
-    answered = ask_closely(url, path, bodies, 4 * size, _MEASURED_REQUESTS)
-    answers = [answer for answer in answered.answers if answer["batch_size"] == size]
-    took = np.array(sorted({answer["compute_ms"] / 1e3 for answer in answers}))  # Those of a batch have the same.
-    profiled = float(table.seconds[fastest, -1])
-    steady = answered.ends[len(answered.ends) // 4 : -size]
-    each = float(np.polyfit(np.arange(len(steady)), steady, 1)[0])  # The ends are in steps, a batch at once.
+    answered = ask_closely(url, path, bodies, 4 * table.batch_sizes[-1], _MEASURED_REQUESTS)
+    steady = slice(_MEASURED_REQUESTS // 4, None)
+    sizes = np.array([answer["batch_size"] for answer in answered.answers])[steady]
+    took = np.array([answer["compute_ms"] / 1e3 for answer in answered.answers])[steady]
+    profiled = table.seconds[fastest, np.searchsorted(table.batch_sizes, sizes)]
+    paces = np.log(took / profiled)
+    passed = answered.ends[-1] - answered.ends[steady.start]
     read = refused.cpu_seconds / _MEASURED_REQUESTS
     return serving.Machine(
         bias=0.0,
-        noise=float(np.log(took).std()),
-        pace=float(np.exp(np.log(took / profiled).mean())),
-        handover_seconds=max(0.0, each * size - float(took.mean())),
+        noise=float(paces.std()),
+        pace=float(np.exp(paces.mean())),
+        handover_seconds=max(0.0, (passed - float((took / sizes).sum())) / float((1 / sizes).sum())),
         read_seconds=read,
         answer_seconds=max(0.0, answered.cpu_seconds / _MEASURED_REQUESTS - read),
     )
