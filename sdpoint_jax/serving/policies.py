@@ -14,8 +14,8 @@ from sdpoint_jax.serving.observed import Arrivals, Pace
 # Not published. Of 4, 8, 16, 32 and 64 on a simulated processor, none lets SlackFit answer clearly more in time.
 SLACKFIT_BUCKETS = 16
 
-# In margins. Of 1 and 2, on a simulated processor, 2 has a third of the accepted given up, for half a point of the
-# answers in bursts, and for none where there is always more to do than can be done.
+# In margins. Of 1 and 2, on a simulated processor, 2 has less than half as many of the accepted given up, for up to
+# half a point of the answers in bursts, and for none where there is always more to do than can be done.
 _SURENESS = 2.0
 _TOLERANCE = 1.05  # A smaller batch is worth this much more time for an image: it keeps others waiting less.
 
