@@ -366,6 +366,7 @@ def test_requests_begin_a_few_in_each_turn_in_the_order_in_which_they_came():
         while len(begun) < 30:
             turns.append(len(begun))
             await asyncio.sleep(0)
+        turns.append(len(begun))
 
     async def burst():
         wrapped = Turns(application)
