@@ -371,7 +371,7 @@ def test_requests_begin_a_few_in_each_turn_in_the_order_in_which_they_came():
     async def burst():
         wrapped = Turns(application)
         asks = [wrapped({"type": "http", "number": number}, None, None) for number in range(30)]
-        await asyncio.gather(*asks, watch())
+        await asyncio.gather(watch(), *asks)
         await wrapped({"type": "http", "number": 30}, None, None)
 
     asyncio.run(asyncio.wait_for(burst(), 20))
