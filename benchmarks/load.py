@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import collections
 import dataclasses
+import gc
 import io
 import json
 import pathlib
@@ -34,7 +35,10 @@ from sdpoint_jax.serving.controller import Controller, LatencyTable
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.serving.selection import check_device
 
-_CONNECTIONS = 256  # At most; requests beyond them wait for one, and their time counts.
+# Connections: open before the first request, as those of a proxy are; and at most, later ones wait, and that counts.
+_OPEN_CONNECTIONS, _CONNECTIONS = 512, 2048
+DEFAULT_MACHINE = serving.Machine()
+_MEASURED_REQUESTS = 1200
 _CALM_GAP = 0.1  # Seconds between the requests before and after the load.
 _HEADERS = ("requests", "lost", "wrong", "in_time", "top1", "refused", "late", "p50_ms", "p99_ms")
 
@@ -96,6 +100,11 @@ class Client:
         self._free: list = []
         self._slots = asyncio.Semaphore(_CONNECTIONS)
 
+    async def connect(self, count: int) -> None:
+        """Opens connections for later."""
+        for _ in range(count):
+            self._free.append(await asyncio.open_connection(self._host, self._port))
+
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Sends one request; returns status and body."""
         async with self._slots:
@@ -136,7 +145,9 @@ def mix(times: Sequence[float], images: int, objective: float, macs: Sequence[fl
 
 async def send(url: str, asks: Sequence[Ask], bodies: dict[str, Sequence[bytes]]) -> list[Outcome]:
     """Sends the requests at their times, and waits for what comes back."""
-    client, start = Client(url), time.perf_counter()
+    client = Client(url)
+    await client.connect(min(len(asks), _OPEN_CONNECTIONS))
+    start = time.perf_counter()
 
     async def one(ask):
         await asyncio.sleep(ask.at - (time.perf_counter() - start))
@@ -169,11 +180,51 @@ def summarize(outcomes: Sequence[Outcome], top1: dict[str, float]) -> dict:
     }
 
 
-def predict_outcome(asks: Sequence[Ask], table: LatencyTable, policy: str, objective: float) -> dict:
-    """Simulates the same requests; returns numbers of the same names."""
+def measure_machine(url: str, table: LatencyTable, bodies: Sequence[bytes]) -> serving.Machine:
+    """Measures what the simulator has to know of service and client: what requests cost beside their batches.
+
+    Args:
+        url: of the service, idle, on this machine.
+        table: that it plans with.
+        bodies: of requests like those to come.
+    """
+    fastest = table.fastest(range(len(table.names)))
+    refused = ask_closely(url, "/predict?top=1&deadline_ms=0.001", bodies, 16, _MEASURED_REQUESTS)
+    name = urllib.parse.quote(table.names[fastest])
+    path = f"/predict?top=1&deadline_ms=60000&instance={name}"
+    answered = ask_closely(url, path, bodies, 4 * table.batch_sizes[-1], _MEASURED_REQUESTS)
+    steady = slice(_MEASURED_REQUESTS // 4, None)
+    sizes = np.array([answer["batch_size"] for answer in answered.answers])[steady]
+    took = np.array([answer["compute_ms"] / 1e3 for answer in answered.answers])[steady]
+    profiled = table.seconds[fastest, np.searchsorted(table.batch_sizes, sizes)]
+    paces = np.log(took / profiled)
+    passed = answered.ends[-1] - answered.ends[steady.start]
+    read = refused.cpu_seconds / _MEASURED_REQUESTS
+    return serving.Machine(
+        bias=0.0,
+        noise=float(paces.std()),
+        pace=float(np.exp(paces.mean())),
+        handover_seconds=max(0.0, (passed - float((took / sizes).sum())) / float((1 / sizes).sum())),
+        read_seconds=read,
+        answer_seconds=max(0.0, answered.cpu_seconds / _MEASURED_REQUESTS - read),
+    )
+
+
+def predict_outcome(
+    asks: Sequence[Ask],
+    table: LatencyTable,
+    policy: str,
+    objective: float,
+    machine: serving.Machine = DEFAULT_MACHINE,
+    seeds: int = 5,
+) -> dict:
+    """Simulates the same requests on a machine; returns numbers of the same names, means over the seeds."""
     times, patience = np.array([ask.at for ask in asks]), np.array([ask.patience for ask in asks])
-    control = Controller(table, policy=policy, objective=objective)
-    numbers = serving.simulate(control, times, patience, serving.Machine(), 0, [a.max_macs for a in asks]).summary()
+    limits, found = [ask.max_macs for ask in asks], []
+    for seed in range(seeds):
+        control = Controller(table, policy=policy, objective=objective)
+        found.append(serving.simulate(control, times, patience, machine, seed, limits).summary())
+    numbers = {name: statistics.fmean(each[name] for each in found) for name in found[0]}
     late = numbers["late"] + numbers["given_up"]
     names = {"in_time": "attainment", "top1": "accuracy", "refused": "refused", "p50_ms": "p50_ms", "p99_ms": "p99_ms"}
     return {"requests": len(asks), "late": late} | {ours: numbers[theirs] for ours, theirs in names.items()}
@@ -222,39 +273,75 @@ def one_by_one(url: str, bodies: Sequence[bytes], count: int) -> dict:
     return {"requests": count, "answered": len(added), "added_p50_ms": p50, "added_p95_ms": p95, "added_p99_ms": p99}
 
 
-def throughput(url: str, bodies: Sequence[bytes], connections: int, count: int) -> dict:
-    """Measures how many requests a second are answered if each connection sends one after the other."""
-    statuses, sizes, numbers = collections.Counter(), [], iter(range(count))
+@dataclasses.dataclass(frozen=True)
+class Closed:
+    """What became of requests that connections sent one after the other.
+
+    Attributes:
+        statuses: of HTTP, and how many had each.
+        answers: as the service gave them.
+        ends: seconds since the start when each request ended, ascending.
+        cpu_seconds: of service and client, without computing the batches.
+    """
+
+    statuses: dict[int, int]
+    answers: Sequence[dict]
+    ends: Sequence[float]
+    cpu_seconds: float
+
+
+def ask_closely(url: str, path: str, bodies: Sequence[bytes], connections: int, count: int) -> Closed:
+    """Sends requests over several connections, each of which sends the next one when it has its answer."""
+    statuses, contents, ends, numbers = collections.Counter(), [], [], iter(range(count))
 
     async def ask(client):
         for number in numbers:
-            status, content = await client.post("/predict?top=1&deadline_ms=600000", bodies[number % len(bodies)])
+            status, content = await client.post(path, bodies[number % len(bodies)])
+            ends.append(time.perf_counter() - start)
             statuses[status] += 1
             if status == 200:
-                sizes.append(json.loads(content)["batch_size"])
+                contents.append(content)
 
     async def run():
         client = Client(url)
         await asyncio.gather(*(ask(client) for _ in range(connections)))
 
-    before, start = resident_mib(url), time.perf_counter()
+    before, start = _busy_seconds(url), time.perf_counter()
     asyncio.run(run())
-    rate = count / (time.perf_counter() - start)
+    return Closed(dict(statuses), [json.loads(content) for content in contents], ends, _busy_seconds(url) - before)
+
+
+def _busy_seconds(url: str) -> float:
+    """Returns the CPU time of service and client so far, without that of batches (of a net with one thread)."""
+    metrics = read_metrics(url)
+    batches = sum(value for name, value in metrics.items() if name.startswith("sdpoint_batch_seconds_sum"))
+    return metrics["process_cpu_seconds_total"] - batches + time.process_time()
+
+
+def throughput(url: str, bodies: Sequence[bytes], connections: int, count: int) -> dict:
+    """Measures how many requests a second are answered if each connection sends one after the other."""
+    before = resident_mib(url)
+    found = ask_closely(url, "/predict?top=1&deadline_ms=600000", bodies, connections, count)
     return {
         "requests": count,
-        "statuses": dict(statuses),
-        "images_per_second": rate,
-        "mean_batch": statistics.fmean(sizes),
+        "statuses": found.statuses,
+        "images_per_second": count / found.ends[-1],
+        "mean_batch": statistics.fmean(answer["batch_size"] for answer in found.answers),
         "resident_mib_before": before,
         "resident_mib_after": resident_mib(url),
     }
 
 
+def read_metrics(url: str) -> dict[str, float]:
+    """Returns the service's metrics by their names and labels."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
 def resident_mib(url: str) -> float:
     """Returns the service's resident memory, by its metrics."""
-    with urllib.request.urlopen(f"{url}/metrics") as response:
-        found = re.search(r"^process_resident_memory_bytes (\S+)", response.read().decode(), re.MULTILINE)
-    return float(found[1]) / (1 << 20)
+    return read_metrics(url)["process_resident_memory_bytes"] / (1 << 20)
 
 
 def bare_rate(predictor: Predictor, batch_size: int, seconds: float = 5.0) -> float:
@@ -282,13 +369,19 @@ def run_load(options: argparse.Namespace, service: dict, predictor: Predictor, i
     end = float(times[-1])
     around = [Ask(at, 0, "npy", objective) for at in [*calm, *(end + _CALM_GAP + calm)]]
     bodies = {"npy": [encode(image) for image in images], "png": [encode_png(image) for image in images]}
+    machine = measure_machine(options.url, table, [body for pair in zip(*bodies.values()) for body in pair])
+    gc.collect()
+    gc.freeze()  # JAX is a million objects: to look through them in the middle would hold requests back.
     outcomes = asyncio.run(send(options.url, asks + around, bodies))
     during, before, after = outcomes[: len(asks)], outcomes[len(asks) :][: len(calm)], outcomes[-len(calm) :]
     measured = summarize(during, top1) | {"wrong": count_wrong(outcomes, predictor, images)}
-    predicted = predict_outcome(asks, table, options.policy, objective)
+    predicted = predict_outcome(asks, table, options.policy, objective, machine)
     print(
         f"{rate:.0f} requests/s, {options.load:g} times what full resolution sustains; objective {1e3 * objective:g} ms"
     )
+    costs = {name: 1e3 * getattr(machine, f"{name}_seconds") for name in ("read", "answer", "handover")}
+    print(f"measured for the simulator: {', '.join(f'{name} {ms:.2f} ms' for name, ms in costs.items())}", end=", ")
+    print(f"batches take {machine.pace:.2f} of the profile and vary by {100 * machine.noise:.1f} %")
     print("".join([f"{'':12}", *(f"{name:>10}" for name in _HEADERS)]))
     for label, numbers in (("service", measured), ("simulator", predicted)):
         print(
@@ -301,7 +394,13 @@ def run_load(options: argparse.Namespace, service: dict, predictor: Predictor, i
         f"before: {summarize(before, top1)['instances']}\nunder load: {measured['instances']}; {measured['statuses']}"
     )
     print(f"after: {summarize(after, top1)['instances']}; back {back:.2f} s after the last of the load")
-    return {"rate": rate, "service": measured, "simulator": predicted, "back_seconds": back}
+    return {
+        "rate": rate,
+        "service": measured,
+        "machine": dataclasses.asdict(machine),
+        "simulator": predicted,
+        "back_seconds": back,
+    }
 
 
 def encode(image: np.ndarray) -> bytes:

@@ -6,22 +6,26 @@ The controller plans with a table of profiled latencies; the simulated machine t
 by a factor of its own, each batch by noise, and from time to time everything may be slow. Time is scaled so that the
 mean rate of arrivals is `--loads` times what full resolution sustains. Attainment is the share of all requests that are
 answered within their deadline; accuracy is the mean top-1, by the table, of these answers; their product counts an
-answer that misses its deadline as a wrong one. It needs no JAX, and the same seeds give the same numbers.
+answer that misses its deadline as a wrong one. A policy followed by `/open`, as `slackfit/open`, refuses nothing and
+gives nothing up. It needs no JAX, and the same seeds give the same numbers.
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
 import heapq
 import json
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.serving.controller import Batch, Controller, LatencyTable, Refused, Request
+from sdpoint_jax.serving.observed import Delay
 from sdpoint_jax.storage.table import InstanceRow, Latency
 
 PRESETS = {
@@ -49,6 +53,10 @@ class Machine:
         slow_factor: of the times of batches that start in a slow phase.
         slow_seconds: how long a slow phase lasts.
         slow_every: seconds from the start of one to that of the next; the first starts after this time.
+        pace: of the times of all batches, over the profile.
+        handover_seconds: that pass at each batch beside computing it.
+        read_seconds: that HTTP needs for a request before the controller sees it, one request after the other.
+        answer_seconds: likewise to write an answer. Answers go before requests.
     """
 
     bias: float = 0.03
@@ -56,6 +64,10 @@ class Machine:
     slow_factor: float = 1.0
     slow_seconds: float = 0.0
     slow_every: float = math.inf
+    pace: float = 1.0
+    handover_seconds: float = 0.0
+    read_seconds: float = 0.0
+    answer_seconds: float = 0.0
 
     def is_slow(self, now: float) -> bool:
         """Whether a slow phase goes on."""
@@ -122,29 +134,74 @@ def simulate(
     Returns:
         the outcome when all has been answered or given up.
     """
-    table, rng = controller.table, np.random.default_rng([seed, 1])
-    bias = dict(zip(table.names, np.exp(rng.normal(0, machine.bias, len(table.names)))))
-    number, total, running, batches = 0, len(arrivals), [], []
-    times, deadlines = arrivals.tolist(), (arrivals + patience).tolist()
-    answered, top1, refused = np.full(total, np.nan), np.full(total, np.nan), np.zeros(total, bool)
-    while number < total or running:
-        if number < total and (not running or times[number] <= running[0][0]):
-            now = times[number]
-            request = Request(number, deadlines[number], max_macs=max_macs[number] if max_macs else None)
-            refused[number] = isinstance(controller.submit(request, now), Refused)
-            number += 1
-        else:
-            now, _, batch = heapq.heappop(running)
-            controller.observe(batch, now - batch.start, now)
-            done = [request.id for request in batch.requests]
-            answered[done], top1[done] = now, table.top1[table.index_of(batch.instance)]
-        while (batch := controller.next_batch(now)) is not None:
+    simulation = _Simulation(controller, machine, seed)
+    limits = max_macs or [None] * len(arrivals)
+    return simulation.run(arrivals, arrivals + patience, limits)
+
+
+class _Simulation:
+    """Lets two things work side by side: HTTP reads requests and writes answers, and the workers run batches."""
+
+    def __init__(self, controller: Controller, machine: Machine, seed: int):
+        self._controller, self._table, self._machine = controller, controller.table, machine
+        self._rng = np.random.default_rng([seed, 1])
+        self._bias = dict(zip(self._table.names, np.exp(self._rng.normal(0, machine.bias, len(self._table.names)))))
+        self._running: list[tuple[float, int, Batch]] = []  # By their ends.
+        self._batches: list[Batch] = []
+        self._answers: collections.deque[tuple[float, Request, str]] = collections.deque()  # With the batch's end.
+        self._delay, self._watched = Delay(), 0.0
+
+    def run(self, arrivals: np.ndarray, deadlines: np.ndarray, limits: Sequence[float | None]) -> Outcome:
+        total, came, now = len(arrivals), 0, 0.0
+        times = arrivals.tolist()
+        self._answered, self._top1 = np.full(total, np.nan), np.full(total, np.nan)
+        self._refused = np.zeros(total, bool)
+        http: tuple[float, Callable[[float], None]] | None = None  # When it is done, and what happens then.
+        while True:
+            if http is None and self._answers:
+                http = now + self._machine.answer_seconds, self._answer
+            elif http is None and came < total and times[came] <= now:
+                request = Request(came, float(deadlines[came]), max_macs=limits[came])
+                http = now + self._machine.read_seconds, functools.partial(self._submit, request)
+                came += 1
+            http_done = http[0] if http else times[came] if came < total else math.inf
+            batch_done = self._running[0][0] if self._running else math.inf
+            now = min(http_done, batch_done)
+            if now == math.inf:
+                return Outcome(arrivals, deadlines, self._answered, self._top1, self._refused, self._batches)
+            if batch_done < http_done:
+                self._finish_batch(now)
+            elif http:
+                _, happen = http
+                http = None
+                happen(now)
+            self._start_batches(now)
+
+    def _submit(self, request: Request, now: float) -> None:
+        self._delay.watch(0.0, now - self._watched)
+        self._watched = now
+        asked = dataclasses.replace(request, deadline=request.deadline - self._delay.seconds)
+        self._refused[request.id] = isinstance(self._controller.submit(asked, now), Refused)
+
+    def _answer(self, now: float) -> None:
+        computed, request, instance = self._answers.popleft()
+        self._delay.count(now - computed)
+        self._answered[request.id] = now
+        self._top1[request.id] = self._table.top1[self._table.index_of(instance)]
+
+    def _finish_batch(self, now: float) -> None:
+        _, _, batch = heapq.heappop(self._running)
+        self._controller.observe(batch, now - batch.start, now)
+        self._answers += [(now, request, batch.instance) for request in batch.requests]
+
+    def _start_batches(self, now: float) -> None:
+        table, machine = self._table, self._machine
+        while (batch := self._controller.next_batch(now)) is not None:
             profiled = table.seconds[table.index_of(batch.instance), table.batch_sizes.index(batch.batch_size)]
-            factor = machine.slow_factor if machine.is_slow(now) else 1.0
-            seconds = profiled * bias[batch.instance] * factor * math.exp(rng.normal(0, machine.noise))
-            heapq.heappush(running, (now + seconds, len(batches), batch))
-            batches.append(batch)
-    return Outcome(arrivals, arrivals + patience, answered, top1, refused, batches)
+            factor = machine.pace * (machine.slow_factor if machine.is_slow(now) else 1.0)
+            seconds = profiled * self._bias[batch.instance] * factor * math.exp(self._rng.normal(0, machine.noise))
+            heapq.heappush(self._running, (now + seconds + machine.handover_seconds, len(self._batches), batch))
+            self._batches.append(batch)
 
 
 def made_up_rows(
@@ -250,14 +307,17 @@ def run(options: argparse.Namespace, table: LatencyTable, policy: str, load: flo
     arrivals = unit_arrivals(options.arrivals, options.requests, seed, options.half) * full / (load * options.workers)
     low, high = options.deadlines_ms
     patience = np.random.default_rng([seed, 3]).uniform(low / 1e3, high / 1e3, len(arrivals))
-    controller = Controller(
+    name, slash, _ = policy.partition("/open")
+    control = Controller(
         table,
         objective=(low + high) / 2e3,
-        policy=policy,
+        policy=name,
         workers=options.workers,
-        admission=options.admission,
+        admission=not slash,
+        gives_up=not slash,
+        max_queue=len(arrivals) if slash else 1024,
     )
-    return simulate(controller, arrivals, patience, options.machine, seed)
+    return simulate(control, arrivals, patience, options.machine, seed)
 
 
 def compare(options: argparse.Namespace, table: LatencyTable) -> list[dict]:
@@ -372,7 +432,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", help="PNG file for the last load and the first seed")
     parser.add_argument("--preset", choices=PRESETS, default="small", help="values of loads, seeds and policies")
     parser.add_argument("--loads", type=_numbers, help="mean rates, over what full resolution sustains")
-    parser.add_argument("--policies", type=_words, help="of the controller; `full` first to compare misses with it")
+    parser.add_argument("--policies", type=_words, help="of the controller, or NAME/open; `full` first")
     parser.add_argument("--plot-policies", type=_words, default=["full", "slackfit", "headroom"], help="in the plot")
     parser.add_argument("--seeds", type=int, help="how many, from 0 on")
     parser.add_argument("--table", help="JSON file with profiled rows; a made-up table without it")
@@ -385,7 +445,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8000, help="of the Gamma process")
     parser.add_argument("--deadlines-ms", type=_span, default=(36.0, 200.0), help="after arrival, uniform, as 36:200")
     parser.add_argument("--workers", type=int, default=1, help="that run batches at the same time")
-    parser.add_argument("--admission", type=_switch, default=True, help="yes: refuse at once what cannot be in time")
     parser.add_argument("--bias", type=float, default=Machine.bias, help="how far off each instance is (log, sd)")
     parser.add_argument("--noise", type=float, default=Machine.noise, help="how far off each batch is (log, sd)")
     parser.add_argument("--slow", type=_slow_phase, default=(), help="as 2:1:10: twice as slow for 1 s every 10 s")
@@ -403,12 +462,6 @@ def _words(text):
 
 def _numbers(text):
     return [float(word) for word in _words(text)]
-
-
-def _switch(text):
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r}: valid are yes and no")
-    return text == "yes"
 
 
 def _span(text):

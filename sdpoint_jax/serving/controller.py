@@ -52,6 +52,7 @@ class Controller:
         max_queue: int = 1024,
         workers: int = 1,
         admission: bool = True,
+        gives_up: bool = True,
     ):
         """Starts with an empty queue and free workers.
 
@@ -75,7 +76,7 @@ class Controller:
         self.table, self.objective = table, objective
         narrow, self._choose = find_policy(policy, table)
         self._options = functools.cache(functools.partial(narrow, table))
-        self.max_queue, self._admission = max_queue, admission
+        self.max_queue, self._admission, self._gives_up = max_queue, admission, gives_up
         self._allowed = tuple(range(len(table.names)))
         self._lines: dict[tuple[int, ...], Line] = {}
         self._running: list[Batch | None] = [None] * workers
@@ -139,7 +140,8 @@ class Controller:
             instance, limit = self._choose(plan)
             waiting = min(len(plan.line), self.table.batch_sizes[-1])
             number = self.table.largest[instance, limit, waiting]
-            if not 0 < (late := plan.too_late(instance, number)) < len(plan.line):
+            late = plan.too_late(instance, number) if self._gives_up else 0
+            if not 0 < late < len(plan.line):
                 return self._start(plan, worker, now, instance, number)
             self._lose(plan.line.take(late))
         return None
@@ -265,7 +267,7 @@ class Controller:
 
     def _drop_hopeless(self, now: float, slowness: float) -> None:
         """Gives up the requests that even the quickest batch, begun now, would answer too late."""
-        for line in self._lines.values():
+        for line in self._lines.values() if self._gives_up else ():
             end = now + self._pace.quickest(line.options, slowness)
             if hopeless := line.take(bisect.bisect_left(line.deadlines, end)):
                 self._lose(hopeless)

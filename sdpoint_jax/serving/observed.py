@@ -16,6 +16,7 @@ _PATIENCE_STEP = 0.05
 _TAIL, _MARGIN_STEP = 0.95, 0.02
 _RECENT_BATCHES = 5  # Their median is a worker's slowness: up to two outliers do not count, a change does after three.
 _INSTANCE_STEP, _LARGEST_SURPRISE = 0.02, 0.25
+_ANSWER_STEP, _FORGETTING_SECONDS = 1 / 8, 2.0
 
 
 class Arrivals:
@@ -94,3 +95,44 @@ class Pace:
         self.correction[instance] *= math.exp(_INSTANCE_STEP * surprise)
         step = _TAIL if seconds > batch.seconds * self.margin else _TAIL - 1
         self.margin = min(max(1.0, self.margin + _MARGIN_STEP * step), LARGEST_MARGIN)
+
+
+class Delay:
+    """Estimates what a request waits for beside its queue and its batch, so that deadlines leave time for it.
+
+    A request waits for the event loop before anything of it is seen, and its answer waits for the loop again and is
+    written. On a busy machine both take longer than most batches of a small net.
+
+    Attributes:
+        before: seconds by which the event loop was late of late.
+    """
+
+    def __init__(self) -> None:
+        """Starts with a loop that is never late."""
+        self.before = 0.0
+        self._after = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds to leave free: a mean of late, so that a single slow answer changes little."""
+        return self.before + self._after
+
+    def count(self, after: float) -> None:
+        """Learns from one answer.
+
+        Args:
+            after: seconds from the acceptance of its request to its response, less those in the queue and its batch.
+        """
+        self._after += (after - self._after) * _ANSWER_STEP
+
+    def watch(self, lateness: float, passed: float) -> None:
+        """Learns how late the event loop is, and forgets what was counted.
+
+        Else a service whose answers took too long once, so that all is refused, would never learn of a better time.
+
+        Args:
+            lateness: seconds.
+            passed: seconds since it was told last.
+        """
+        self.before = max(lateness, self.before / 2)
+        self._after *= math.exp(-passed / _FORGETTING_SECONDS)

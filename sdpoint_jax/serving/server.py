@@ -30,13 +30,15 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.serving.engine import Engine, Late, Refusal
 from sdpoint_jax.serving.images import to_batch
+from sdpoint_jax.serving.observed import Delay
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.serving.selection import Budget, pareto_front
+from sdpoint_jax.serving.turns import Turns
 
 PAGE = pathlib.Path(__file__).parent / "page"
 _READING_ARRAYS = threading.Lock()  # NumPy parses headers by `ast`, which fails in threads (CPython issue 106905).
-_WATCH_SECONDS, _FORGETTING = 0.01, 0.995
-_SMALL_ARRAY = 1 << 16  # Bytes; reading so few takes less time than handing them to another thread.
+_WATCH_SECONDS = 0.01
+_SMALL_BODY, _SMALL_IMAGE = 1 << 16, 1 << 14  # Bytes, pixels: quicker to read than to hand to another thread.
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -92,46 +94,6 @@ class Metrics:
         self.current.labels(batch.instance).set(1)
 
 
-class Delay:
-    """Estimates what a request waits for beside its queue and its batch, so that deadlines leave time for it.
-
-    A request waits for the event loop before anything of it is seen, and its answer waits for the loop again and is
-    written. On a busy machine both take longer than most batches of a small net.
-
-    Attributes:
-        before: seconds by which the event loop was late of late.
-    """
-
-    def __init__(self):
-        """Starts with a loop that is never late."""
-        self.before = 0.0
-        self._after = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Returns the seconds to leave free: a mean of late, so that a single slow answer changes little."""
-        return self.before + self._after
-
-    def count(self, after: float) -> None:
-        """Learns from one answer.
-
-        Args:
-            after: seconds from the acceptance of its request to its response, less those in the queue and its batch.
-        """
-        self._after += (after - self._after) / 8
-
-    async def watch(self) -> None:
-        """Looks again and again how late the event loop is, and forgets what was counted; does not return.
-
-        Else a service whose answers took too long once, so that all is refused, would never learn of a better time.
-        """
-        while True:
-            due = time.monotonic() + _WATCH_SECONDS
-            await asyncio.sleep(_WATCH_SECONDS)
-            self.before = max(time.monotonic() - due, self.before / 2)
-            self._after *= _FORGETTING
-
-
 class BudgetChange(pydantic.BaseModel):
     """What `PUT /budget` takes; what is left out is not limited."""
 
@@ -165,6 +127,7 @@ def create_app(
     state = _State(predictor, engine, limits, prepare)
     app = FastAPI(title="sdpoint_jax", lifespan=state.lifespan, description=__doc__)
     app.state.service = state
+    app.add_middleware(Turns)
     app.add_api_route("/predict", state.predict, methods=["POST"], openapi_extra=_PREDICT_BODY)
     app.add_api_route("/instances", state.instances)
     app.add_api_route("/stats", state.stats)
@@ -219,8 +182,13 @@ class _State:
         self._decoders.shutdown()
 
     async def _watch(self):
+        """Looks again and again how late the event loop is; does not return."""
         await asyncio.wait([self._preparing])  # While programs are compiled, the loop is late.
-        await self._delay.watch()
+        while True:
+            start = time.monotonic()
+            await asyncio.sleep(_WATCH_SECONDS)
+            passed = time.monotonic() - start
+            self._delay.watch(passed - _WATCH_SECONDS, passed)
 
     async def predict(
         self,
@@ -231,7 +199,7 @@ class _State:
         top: Annotated[int, Query(ge=1, le=1000)] = 5,
     ) -> JSONResponse:
         """Classifies one image: an image file as the body or as a form's file, or an .npy array uint8 [H, W, C]."""
-        start = time.monotonic()
+        start = request.scope["arrived"]
         try:
             self._check_ready()
             objective = self._engine.controller.objective
@@ -358,8 +326,8 @@ class _State:
             raise HTTPException(400, "empty body: send an image file, or an .npy array")
         if kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
             raise HTTPException(415, f"content type {kind}: send an image file, a form with a file, or an .npy array")
-        if len(body) <= _SMALL_ARRAY and body.startswith(b"\x93NUMPY"):
-            return self._decode_array(body)
+        if _is_small(body):
+            return self._decode(body, kind)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, body, kind)
 
     async def _read_body(self, request) -> bytes:
@@ -405,6 +373,16 @@ class _State:
 
     def _to_batch(self, images) -> np.ndarray:
         return to_batch(images, self._predictor.image_shape, self._predictor.resize)[0]
+
+
+def _is_small(body) -> bool:
+    if len(body) > _SMALL_BODY or body.startswith(b"\x93NUMPY"):
+        return len(body) <= _SMALL_BODY
+    try:
+        with Image.open(io.BytesIO(body)) as image:
+            return image.width * image.height <= _SMALL_IMAGE
+    except Exception:  # Whatever is wrong with it is found, and told, when it is decoded.
+        return False
 
 
 async def _file_of_form(request, body) -> tuple[bytes, str]:

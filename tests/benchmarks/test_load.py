@@ -50,3 +50,31 @@ def test_the_prediction_is_of_the_same_requests():
     assert numbers["in_time"] == 1 and numbers["top1"] == pytest.approx(0.915) and numbers["requests"] == 50
     limited = [load.Ask(k / 100, 0, "npy", 0.1, max_macs=20e6) for k in range(50)]
     assert load.predict_outcome(limited, table, "headroom", 0.1)["top1"] < 0.9
+
+
+def test_the_prediction_is_of_the_machine_that_was_measured():
+    table = LatencyTable.from_rows(serving.made_up_rows())
+    asks = [load.Ask(k / 100, 0, "npy", 0.02) for k in range(50)]
+    slow = serving.Machine(bias=0.0, noise=0.0, read_seconds=0.015)
+    assert load.predict_outcome(asks, table, "headroom", 0.1)["in_time"] == 1
+    assert load.predict_outcome(asks, table, "headroom", 0.1, slow)["in_time"] < 0.5
+
+
+def test_what_requests_cost_is_measured(monkeypatch):
+    table = LatencyTable.from_rows(serving.made_up_rows())
+    size, fastest = table.batch_sizes[-1], table.seconds[table.fastest(range(len(table.names))), -1]
+
+    def ask_closely(url, path, bodies, connections, count):
+        if "instance" not in path:
+            return load.Closed({503: count}, [], [0.0] * count, 0.001 * count)
+        assert count % size == 16  # The last batch is not full.
+        ends = [(k // size + 1) * (1.1 * fastest + 0.002) for k in range(count)]
+        answers = [{"batch_size": size, "compute_ms": 1.1e3 * fastest} for _ in ends]
+        return load.Closed({200: count}, answers, ends, 0.003 * count)
+
+    monkeypatch.setattr(load, "ask_closely", ask_closely)
+    machine = load.measure_machine("http://127.0.0.1:1", table, [b""])
+    assert machine.read_seconds == pytest.approx(0.001) and machine.answer_seconds == pytest.approx(0.002)
+    assert machine.pace == pytest.approx(1.1)
+    assert machine.handover_seconds == pytest.approx(0.002, abs=0.0005)
+    assert machine.noise == pytest.approx(0)

@@ -62,6 +62,22 @@ def test_arrivals_have_the_mean_and_the_variation_that_were_asked_for(tmp_path):
     np.testing.assert_allclose(serving.unit_arrivals(str(path), 0, 0), [0, 0.8, 2.4, 4.0])
 
 
+def test_http_reads_one_after_the_other_and_writes_answers_first():
+    machine = serving.Machine(bias=0.0, noise=0.0, read_seconds=0.01, answer_seconds=0.004, handover_seconds=0.001)
+    outcome = simulate("full", [0.0, 0.0, 0.0, 0.0], 0.5, machine)
+    # Read at 10, 20, 38 and 48 ms, computed in 3.4: the first answer waits for the second reading, to 24, the second
+    # goes before the third reading, to 28, and the third waits for the fourth.
+    assert outcome.answered == pytest.approx([0.024, 0.028, 0.052, 0.056])
+
+
+def test_a_slow_http_layer_is_counted_within_the_deadline():
+    arrivals = np.arange(400) * 0.01
+    numbers = simulate("full", arrivals, 0.012, serving.Machine(bias=0.0, noise=0.0, answer_seconds=0.005)).summary()
+    assert numbers["attainment"] == 1
+    none = simulate("full", arrivals, 0.004, serving.Machine(bias=0.0, noise=0.0, answer_seconds=0.005)).summary()
+    assert none["attainment"] == 0 and none["refused"] > 0.9  # Known from the first answers on.
+
+
 @pytest.mark.parametrize("source", ["gamma:0", "gamma:x", "nowhere.csv"])
 def test_unknown_arrivals_are_named(source):
     with pytest.raises(ValueError, match=f"--arrivals={source}: "):
@@ -90,6 +106,14 @@ def test_the_command_prints_writes_and_draws_without_jax(tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())["results"]
     assert [len(record["attainment"]["values"]) for record in results] == [2] * 4
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_open_policy_answers_all_and_most_of_them_late_where_more_comes_than_it_can_do():
+    options = serving.parse(["--arrivals=gamma:1", "--requests=1500"])
+    table = made_up_table()
+    lost = serving.run(options, table, "full/open", 2.0, seed=0).summary()
+    assert lost["refused"] == lost["given_up"] == 0 and lost["late"] > 0.5
+    assert serving.run(options, table, "full", 2.0, seed=0).summary()["attainment"] > lost["attainment"]
 
 
 @pytest.mark.parametrize("load", [0.5, 1, 2])

@@ -217,6 +217,15 @@ def test_what_is_accepted_but_became_hopeless_is_given_up_once():
     assert control.give_up(0.049) == () and control.waiting == 1
 
 
+def test_what_became_hopeless_is_answered_late_where_nothing_is_given_up():
+    control = controller(policy="cheapest", admission=False, gives_up=False)
+    control.submit(Request("late", deadline=0.05), 0.0)
+    for k in range(4):
+        control.submit(Request(k, deadline=0.5), 0.0)
+    batch = control.next_batch(0.06)
+    assert batch.requests[0].id == "late" and control.give_up(0.06) == ()
+
+
 def test_where_not_all_can_be_kept_the_batch_goes_to_those_who_gain_most_by_it():
     control = controller(policy="cheapest", admission=False)
     control.submit(Request("urgent", deadline=0.003), 0.0)
@@ -527,18 +536,24 @@ def test_each_request_is_refused_answered_or_given_up_once_and_in_order(seed):
     assert not set(answered) & set(given_up) and not waiting and control.waiting == 0
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_what_is_accepted_is_answered_in_time_by_a_machine_that_keeps_its_profile(seed):
-    rng = random.Random(seed)
-    table = random_table(rng)
-    policy, workers = rng.choice(["headroom", "headroom:0", "cheapest", "full"]), rng.choice([1, 1, 2])
-    control = Controller(table, objective=20 * float(table.per_image.mean()), policy=policy, workers=workers)
-    requests = random_requests(rng, table, classes=False)
-    answers, answered, given_up = drive(control, requests)
-    deadlines = {request.id: request.deadline for _, request in requests}
-    assert not given_up
-    assert all(end <= deadlines[name] + 1e-9 for name, end in answered.items())
-    assert answered
+def share_of_accepted_that_is_not_in_time(seeds, spread):
+    accepted, late = 0, 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        table = random_table(rng)
+        policy, workers = rng.choice(["headroom", "headroom:0", "cheapest", "full"]), rng.choice([1, 1, 2])
+        control = Controller(table, objective=20 * float(table.per_image.mean()), policy=policy, workers=workers)
+        requests = random_requests(rng, table, classes=False)
+        _, answered, given_up = drive(control, requests, lambda batch, now, rng=rng: rng.lognormvariate(0, spread))
+        deadlines = {request.id: request.deadline for _, request in requests}
+        accepted += len(answered) + len(given_up)
+        late += len(given_up) + sum(end > deadlines[name] + 1e-9 for name, end in answered.items())
+    return late / accepted
+
+
+@pytest.mark.parametrize("spread, most", [(0.0, 0.0004), (0.05, 0.0008)])
+def test_what_is_accepted_is_answered_in_time(spread, most):
+    assert share_of_accepted_that_is_not_in_time(range(100), spread) < most
 
 
 def drains(table, deadlines, now, margin):

@@ -23,8 +23,9 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 httpx = pytest.importorskip("httpx2", reason="needs the extra dev")
 from fastapi.testclient import TestClient  # noqa: E402
 
-from sdpoint_jax.serving import server  # noqa: E402
-from sdpoint_jax.serving.server import Delay, Limits, create_app  # noqa: E402
+from sdpoint_jax.serving.observed import Delay  # noqa: E402
+from sdpoint_jax.serving.server import Limits, create_app  # noqa: E402
+from sdpoint_jax.serving.turns import Turns  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -326,27 +327,72 @@ def test_a_body_that_never_ends_is_not_waited_for(running):
     assert httpx.get(f"{address}/healthz").status_code == 200
 
 
-def test_deadlines_leave_time_for_the_layers_around_the_queue_and_it_is_forgotten(monkeypatch):
+def test_deadlines_leave_time_for_the_layers_around_the_queue_and_it_is_forgotten():
     delay = Delay()
     for _ in range(100):
         delay.count(0.02)
     assert delay.seconds == pytest.approx(0.02, rel=0.01)
     delay.count(0.18)  # A single slow answer changes little.
     assert delay.seconds == pytest.approx(0.04, rel=0.01)
+    delay.watch(0.1, 0.01)
+    assert delay.before == 0.1 and delay.seconds == pytest.approx(0.14, rel=0.01)
+    for _ in range(1000):
+        delay.watch(0.0, 0.01)
+    assert delay.seconds < 0.001
+
+
+def test_a_loop_that_is_held_up_is_noticed(predictor):
+    app = create_app(predictor, make_engine(predictor))
+    delay, late = app.state.service.metrics.delay, []
 
     async def block():
-        watching = asyncio.create_task(delay.watch())
-        await asyncio.sleep(0.02)
-        time.sleep(0.2)
-        await asyncio.sleep(0.001)
-        late = delay.before
-        while delay.seconds > 0.001:
-            await asyncio.sleep(0.02)
-        watching.cancel()
-        return late
+        async with app.state.service.lifespan(app):
+            await asyncio.sleep(0.05)
+            time.sleep(0.2)
+            while not late:
+                await asyncio.sleep(0.001)
+                late.extend([delay.before] if delay.before > 0.1 else [])
 
-    monkeypatch.setattr(server, "_FORGETTING", 0.5)
-    assert asyncio.run(asyncio.wait_for(block(), 20)) > 0.1
+    asyncio.run(asyncio.wait_for(block(), 20))
+
+
+def test_requests_begin_a_few_in_each_turn_in_the_order_in_which_they_came():
+    begun, turns = [], []
+
+    async def application(scope, receive, send):
+        begun.append((scope["number"], scope["arrived"]))
+
+    async def watch():
+        while len(begun) < 30:
+            turns.append(len(begun))
+            await asyncio.sleep(0)
+        turns.append(len(begun))
+
+    async def burst():
+        wrapped = Turns(application)
+        asks = [wrapped({"type": "http", "number": number}, None, None) for number in range(30)]
+        await asyncio.gather(watch(), *asks)
+        await wrapped({"type": "http", "number": 30}, None, None)
+
+    asyncio.run(asyncio.wait_for(burst(), 20))
+    assert [number for number, _ in begun] == list(range(31))
+    assert all(b - a <= 4 for a, b in zip(turns, turns[1:])) and begun[0][1] <= begun[29][1] <= begun[30][1]
+
+
+def test_small_images_are_read_on_the_spot_and_others_in_a_thread(client, monkeypatch):
+    threads = []
+    decode = client.app.state.service._decode
+
+    def watched(body, kind):
+        threads.append(threading.current_thread().name)
+        return decode(body, kind)
+
+    monkeypatch.setattr(client.app.state.service, "_decode", watched)
+    for size in (64, 512):
+        file = io.BytesIO()
+        Image.new("RGB", (size, size)).save(file, "PNG")
+        assert client.post("/predict", content=file.getvalue()).status_code == 200
+    assert not threads[0].startswith("decode") and threads[1].startswith("decode")
 
 
 def test_what_could_not_even_be_read_in_time_is_refused(predictor, monkeypatch):
