@@ -16,8 +16,8 @@ The batch size is that of one device. Targets:
 Each program is compiled by itself, and its work is CPU-seconds of this process. `roofline` is the estimate of
 `python -m sdpoint_jax cost --device` for the same program, `compiler` the sum of the cycles that the TPU compiler
 expects of each instruction (without those of select-and-scatter and custom calls, which it does not estimate).
-Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. Nothing
-runs on the target.
+Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. `pool` is
+the downsampling of an instance by itself, forward and backward, on one device. Nothing runs on the target.
 
 `--results` names a file that keeps a row of JSON for each program, with the versions that it was compiled by. What
 has a row is not compiled again, so a run that was interrupted goes on from there; delete rows to compile anew. What is
@@ -43,11 +43,12 @@ from common import report
 from common.workload import OPTIMIZER, SCHEDULE, Setting, preprocess
 from jax.experimental import topologies
 
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool
 from sdpoint_jax.models.target import Target, programs_for
 from sdpoint_jax.profiling import roofline
-from sdpoint_jax.profiling.macs import count_cost
-from sdpoint_jax.programs.devices import device_count, shape_of_shards, shapes_of
+from sdpoint_jax.profiling.macs import count_cost, list_operations
+from sdpoint_jax.programs.devices import Switch, device_count, on_device, shape_of_shards, shapes_of
 from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.programs.inference import InferencePrograms
 from sdpoint_jax.storage import files
@@ -66,7 +67,7 @@ PRESETS = {
         results="benchmarks/results/aot.jsonl",
     ),
 }
-PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference")
+PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference", "pool")
 WHOLE = ("gradient", "update", "inference")  # Of the whole net; the others are of the layers after a point.
 KEYS = ("target", "net", "dtype", "program", "instance")  # What tells rows apart.
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -139,7 +140,8 @@ class Programs:
             shapes = dict(image_shape=setting.image_shape, preprocess=preprocess)
             self._evaluator = Evaluator(model, instances, batch_size=batch_size, **shapes)
             self._inference = InferencePrograms(model, **shapes)
-        self._batch_size = setting.batch_size
+            self._pools = Switch(build_pool, self._shapes_of_pool)
+        self._model, self._setting = model, setting
 
     def compile(self, kind: str, instance: SDPointInstance) -> Any:
         """Compiles, or exports, one program; those that evaluate are of the layers after the instance's point."""
@@ -148,8 +150,29 @@ class Programs:
         if kind == "update":
             return self._training._programs["update"]  # Of no instance, which is why the class hides it.
         if kind == "inference":
-            return self._inference[instance, self._batch_size]
+            return self._inference[instance, self._setting.batch_size]
+        if kind == "pool":
+            return self._pools[instance]
         return self._evaluator._programs[kind, instance]
+
+    def _shapes_of_pool(self, instance):
+        """Returns the shapes of what the pool of an instance takes, and of its output's gradient."""
+        operations = list_operations(self._model, instance, self._setting.image_size)
+        name = "stem/pool" if instance.point == STEM else f"block_{instance.point:02d}/pool"
+        pool = next(operation for operation in operations if operation.name == name)
+        shapes = (self._setting.batch_size, *pool.input), (self._setting.batch_size, *pool.output)
+        return tuple(jax.ShapeDtypeStruct(shape, self._model.dtype) for shape in shapes)
+
+
+def build_pool(instance: SDPointInstance) -> Any:
+    """Makes what compiles the pool of an instance, to the size of its output's gradient and back."""
+    pool = adaptive_max_pool if instance.point == STEM else adaptive_avg_pool
+
+    def pool_both_ways(x, gradient):
+        pooled, backward = jax.vjp(functools.partial(pool, size=gradient.shape[1:3]), x)
+        return pooled, *backward(gradient)
+
+    return on_device(pool_both_ways, jax.devices()[0])
 
 
 def measure(programs: Programs, kind: str, instance: SDPointInstance) -> dict:
@@ -296,6 +319,12 @@ def show(row: dict) -> str:
     return f"{row['program']:<12}{row['instance']:<12}{''.join(cells)}  {ratios}"
 
 
+def has_program(kind: str, instance: SDPointInstance) -> bool:
+    """Tells whether there is such a program: one update for all instances, and no pool at full resolution."""
+    is_full = instance == FULL_RESOLUTION
+    return is_full if kind == "update" else not (is_full and kind == "pool")
+
+
 class Results:
     """The rows of all programs that were compiled so far, in a file or, without a path, in memory."""
 
@@ -347,7 +376,7 @@ def run(target: str, net: str, dtype: str, instances: str, programs: str, result
     setting, results = Setting.parse(net), results or Results("")
     chosen = choose(instances, setting)
     kinds = PROGRAMS if programs == "all" else programs.split(",")
-    wanted = [(kind, instance) for kind in kinds for instance in (chosen if kind != "update" else chosen[:1])]
+    wanted = [(kind, instance) for kind in kinds for instance in chosen if has_program(kind, instance)]
     compiled, rows = None, []
     for kind, instance in wanted:
         key = dict(zip(KEYS, (target, net, dtype, kind, instance.name)))
