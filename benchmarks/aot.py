@@ -22,6 +22,9 @@ the downsampling of an instance by itself, forward and backward, on one device. 
 `--results` names a file that keeps a row of JSON for each program, with the versions that it was compiled by. What
 has a row is not compiled again, so a run that was interrupted goes on from there; delete rows to compile anew. What is
 counted from shapes is counted anew each time. The summary is of all rows of the file.
+
+`--options` sets options of JAX, as in `jax_exec_time_optimization_effort=-0.5,jax_memory_fitting_effort=-1`, to see
+what a compiler's work is worth; its rows stand beside those without.
 """
 
 import functools
@@ -56,7 +59,13 @@ from sdpoint_jax.training.step import TrainPrograms, TrainState
 
 PRESETS = {
     "small": dict(
-        target="export:tpu", net="resnet20:32:128", dtype="bfloat16", instances="3", programs="all", results=""
+        target="export:tpu",
+        net="resnet20:32:128",
+        dtype="bfloat16",
+        instances="3",
+        programs="all",
+        results="",
+        options="",
     ),
     "tpu": dict(
         target="tpu:v5e:2x2",
@@ -65,11 +74,13 @@ PRESETS = {
         instances="3",
         programs="gradient",
         results="benchmarks/results/aot.jsonl",
+        options="",
     ),
 }
 PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference", "pool")
 WHOLE = ("gradient", "update", "inference")  # Of the whole net; the others are of the layers after a point.
-KEYS = ("target", "net", "dtype", "program", "instance")  # What tells rows apart.
+KEYS = ("target", "net", "dtype", "options", "program", "instance")  # What tells rows apart.
+SETTING = 4  # So many of them are the same for all programs of a run.
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 # Of TPUs: their peak rate over what their matrix units do in a cycle.
 GIGAHERTZ = {"tpu-v4": 1.05, "tpu-v5e": 1.5, "tpu-v5p": 1.75}
@@ -334,7 +345,7 @@ class Results:
         exists = self._path is not None and self._path.exists()
         self.rows = [json.loads(line) for line in self._path.read_text().splitlines()] if exists else []
         for row in self.rows:
-            row |= count(row)
+            row |= {"options": ""} | row | count(row)
         self._add_ratios()
 
     def find(self, key: dict) -> dict | None:
@@ -350,10 +361,10 @@ class Results:
             files.write_atomically(self._path, "".join(f"{json.dumps(row)}\n" for row in self.rows).encode())
 
     def by_setting(self) -> dict[tuple, list[dict]]:
-        """Groups the rows by target, net and dtype."""
+        """Groups the rows by target, net, dtype and options."""
         groups = {}
         for row in self.rows:
-            groups.setdefault(tuple(row[key] for key in KEYS[:3]), []).append(row)
+            groups.setdefault(tuple(row[key] for key in KEYS[:SETTING]), []).append(row)
         return groups
 
     def _add_ratios(self):
@@ -371,15 +382,31 @@ def count(row: dict) -> dict:
     return counted
 
 
-def run(target: str, net: str, dtype: str, instances: str, programs: str, results: Results | None = None) -> list[dict]:
+def set_options(text: str) -> None:
+    """Sets what `--options` names, for all that this process compiles from then on."""
+    for option in filter(None, text.split(",")):
+        name, _, value = option.partition("=")
+        jax.config.update(name, type(getattr(jax.config, name))(value))
+
+
+def run(
+    target: str,
+    net: str,
+    dtype: str,
+    instances: str,
+    programs: str,
+    results: Results | None = None,
+    options: str = "",
+) -> list[dict]:
     """Compiles those programs that the flags name and `results` lack; returns a row for each."""
     setting, results = Setting.parse(net), results or Results("")
     chosen = choose(instances, setting)
     kinds = PROGRAMS if programs == "all" else programs.split(",")
     wanted = [(kind, instance) for kind in kinds for instance in chosen if has_program(kind, instance)]
+    set_options(options)
     compiled, rows = None, []
     for kind, instance in wanted:
-        key = dict(zip(KEYS, (target, net, dtype, kind, instance.name)))
+        key = dict(zip(KEYS, (target, net, dtype, options, kind, instance.name)))
         if not results.find(key):
             compiled = compiled or Programs(setting, dtype, parse_target(target).target, chosen)
             versions = {name: version for name, version in report.versions(COMPILERS).items() if version}
@@ -394,7 +421,8 @@ def summarise(results: Results) -> list[dict]:
     found = []
     for setting, rows in results.by_setting().items():
         found.append(dict(zip(KEYS, setting)) | {"programs": len(rows), "rank_correlations": correlate(rows)})
-        print(f"\n{' '.join(setting)}: {len(rows)} programs, {sum(row['cpu_seconds'] for row in rows):.0f} CPU-s")
+        work = sum(row["cpu_seconds"] for row in rows)
+        print(f"\n{' '.join(filter(None, setting))}: {len(rows)} programs, {work:.0f} CPU-s")
         for kind, correlations in found[-1]["rank_correlations"].items():
             values = ", ".join(f"{key} {value:.3f}" for key, value in correlations.items() if key != "n")
             print(f"  {kind}: rank correlation with the compiler's estimate: {values} (n = {correlations['n']})")
@@ -416,11 +444,13 @@ def main():
         instances=(str, "how many, spread over the net, or their names"),
         programs=(str, f"some of {','.join(PROGRAMS)}, or all"),
         results=(str, "file of rows; empty for none"),
+        options=(str, "of JAX, see above; empty for none"),
     )
     print(report.heading())
     print(f"{'program':<12}{'instance':<12}{''.join(f'{name:>14}' for name in COLUMNS)}  of full resolution")
     results = Results(options.results)
-    rows = run(options.target, options.net, options.dtype, options.instances, options.programs, results)
+    what = options.target, options.net, options.dtype, options.instances, options.programs
+    rows = run(*what, results, options.options)
     report.write(options.json, options, programs=rows, summary=summarise(results))
 
 

@@ -23,10 +23,10 @@ which assumes that a compiler fuses as XLA does:
     - In training, normalising and ReLU are one pass, which reads and writes. Of its backward pass, the sums over the
       batch come first; both read the gradient and the norm's input.
     - Where two branches meet, their gradients are read, added up and written; ReLUs are masked along the way.
-    - A pool is one pass where XLA has an operation for its windows, as for ratios 1/2 and 3/4 of most sizes (on a TPU;
-      elsewhere it is more than one). Any other goes along the height, then the width: each window of a period reads its
-      own cells and is written by itself, a sum in float32, to be read once more and written to its place. Backward,
-      gradients are added up in one pass per side.
+    - A pool is one pass where a TPU needs no more, as for ratios 1/2 and 3/4 of most sizes and for averages of small
+      ones; elsewhere it may be more than one. Any other goes along the height, then the width: each window of a period
+      reads its own cells and is written by itself, a sum in float32, to be read once more and written to its place.
+      Backward, gradients are added up in one pass per side.
     - Nothing stays in a cache from one pass to the next, and layouts need no copies or padding.
 
 Weights are read once per batch, as float32; in training a second time for the input gradient, and their gradients are
@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.pool import regular_windows
+from sdpoint_jax.models.pool import pools_at_once
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.macs import Operation, count_macs, list_operations
 
@@ -209,9 +209,7 @@ def _pooled(operation, forward):
     (height, width, channels), (rows, columns, _) = operation.input, operation.output
     averages = operation.kind == "average_pool"
     is_usual = not averages and (rows, columns) == (-(-height // 2), -(-width // 2))  # The stem's own, of stride 2.
-    windows = regular_windows(height, rows), regular_windows(width, columns)
-    is_regular = None not in windows and not (averages and any(side.padding for side in windows))
-    if is_usual or is_regular:
+    if is_usual or pools_at_once((height, width), (rows, columns), averages=averages):
         return channels * (height * width + rows * columns)
     by_height = width * channels * _pooled_axis(height, rows, averages, forward)
     return by_height + rows * channels * _pooled_axis(width, columns, averages, forward)

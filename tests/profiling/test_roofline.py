@@ -51,9 +51,9 @@ def test_the_pool_of_a_point_reads_the_large_and_writes_the_small_activation():
 @pytest.mark.parametrize(
     "size, ratio, height, width, backward",
     [
-        (14, 0.75, 22 + 5 * 10, 22 + 5 * 10, 14 + 10),  # Windows of 2, 2, 3, 2 and 2 cells, twice.
-        # Windows of 2, 3, 3 and 2 cells; each average is written and read in float32, and written once more.
-        (7, 0.5, 10 + 5 * 4, 10 + 5 * 4, 7 + 4),
+        # Windows of 2, 2, 2, 3, 2, 2 and 2 cells, twice; each average is written and read in float32, then written.
+        (18, 0.75, 30 + 5 * 14, 30 + 5 * 14, 18 + 14),
+        (19, 0.5, 28 + 5 * 10, 28 + 5 * 10, 19 + 10),  # Windows of 3 cells, the first and the last of 2.
     ],
 )
 def test_a_pool_of_irregular_windows_goes_along_one_side_after_the_other(size, ratio, height, width, backward):
