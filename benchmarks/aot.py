@@ -1,7 +1,7 @@
 """The project's programs for accelerators that are not here: do they compile, do they fit, what limits them?
 
     python benchmarks/aot.py --target=export:tpu --net=preresnet50:224:128        # seconds; needs nothing more
-    python benchmarks/aot.py --target=tpu:v5e:2x2 --net=resnet50:224:128 --json=aot.json
+    python benchmarks/aot.py --target=tpu:v5e:2x2 --net=resnet50:224:128 --results=aot.jsonl
     python benchmarks/aot.py --target=gpu:h100:h100_sxm.txtpb:1x1x4 --net=resnet50:224:256
 
 The batch size is that of one device. Targets:
@@ -16,12 +16,21 @@ The batch size is that of one device. Targets:
 Each program is compiled by itself, and its work is CPU-seconds of this process. `roofline` is the estimate of
 `python -m sdpoint_jax cost --device` for the same program, `compiler` the sum of the cycles that the TPU compiler
 expects of each instruction (without those of select-and-scatter and custom calls, which it does not estimate).
-Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. Nothing
-runs on the target.
+Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. `pool` is
+the downsampling of an instance by itself, forward and backward, on one device. Nothing runs on the target.
+
+`--results` names a file that keeps a row of JSON for each program, with the versions that it was compiled by. What
+has a row is not compiled again, so a run that was interrupted goes on from there; delete rows to compile anew. What is
+counted from shapes is counted anew each time. The summary is of all rows of the file.
+
+`--options` sets options of JAX, as in `jax_exec_time_optimization_effort=-0.5,jax_memory_fitting_effort=-1`, to see
+what a compiler's work is worth; its rows stand beside those without.
 """
 
 import functools
+import json
 import os
+import pathlib
 import re
 import time
 from typing import Any, NamedTuple
@@ -37,21 +46,42 @@ from common import report
 from common.workload import OPTIMIZER, SCHEDULE, Setting, preprocess
 from jax.experimental import topologies
 
-from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool
 from sdpoint_jax.models.target import Target, programs_for
 from sdpoint_jax.profiling import roofline
-from sdpoint_jax.profiling.macs import count_cost
-from sdpoint_jax.programs.devices import device_count, shape_of_shards, shapes_of
+from sdpoint_jax.profiling.macs import count_cost, list_operations
+from sdpoint_jax.programs.devices import Switch, device_count, on_device, shape_of_shards, shapes_of
 from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.programs.inference import InferencePrograms
+from sdpoint_jax.storage import files
 from sdpoint_jax.training.step import TrainPrograms, TrainState
 
 PRESETS = {
-    "small": dict(target="export:tpu", net="resnet20:32:128", dtype="bfloat16", instances="3", programs="all"),
-    "tpu": dict(target="tpu:v5e:2x2", net="resnet50:224:128", dtype="bfloat16", instances="3", programs="gradient"),
+    "small": dict(
+        target="export:tpu",
+        net="resnet20:32:128",
+        dtype="bfloat16",
+        instances="3",
+        programs="all",
+        results="",
+        options="",
+    ),
+    "tpu": dict(
+        target="tpu:v5e:2x2",
+        net="resnet50:224:128",
+        dtype="bfloat16",
+        instances="3",
+        programs="gradient",
+        results="benchmarks/results/aot.jsonl",
+        options="",
+    ),
 }
-PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference")
+PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference", "pool")
 WHOLE = ("gradient", "update", "inference")  # Of the whole net; the others are of the layers after a point.
+KEYS = ("target", "net", "dtype", "options", "program", "instance")  # What tells rows apart.
+SETTING = 4  # So many of them are the same for all programs of a run.
+COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
 # Of TPUs: their peak rate over what their matrix units do in a cycle.
 GIGAHERTZ = {"tpu-v4": 1.05, "tpu-v5e": 1.5, "tpu-v5p": 1.75}
 
@@ -69,7 +99,7 @@ class Place(NamedTuple):
 
 
 def parse_target(text: str) -> Place:
-    """Looks up what a `--target` names.
+    """Looks up what a `--target` names; the compiler of that platform must be installed.
 
     Raises:
         ValueError: it is none of the valid forms.
@@ -77,19 +107,28 @@ def parse_target(text: str) -> Place:
     kind, _, rest = text.partition(":")
     match kind, rest.split(":"):
         case "cpu", [""]:
-            return Place(Target.of((jax.devices()[0],)), None)
+            target = Target.of((jax.devices()[0],))
         case "export", [("tpu" | "cuda") as platform]:
-            return Place(Target("gpu" if platform == "cuda" else platform), None)
-        case "tpu", [generation, _]:
+            target = Target("gpu" if platform == "cuda" else platform)
+        case "tpu", [_, _]:
             found = topologies.get_topology_desc(platform="tpu", topology_name=rest)
-            device = f"tpu-{generation}"
-        case "gpu", [device, path, topology]:
+            target = Target.of(tuple(found.devices))
+        case "gpu", [_, path, topology]:
             with open(path) as file:
                 config = file.read()
             found = topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology)
+            target = Target.of(tuple(found.devices))
         case _:
             raise ValueError(f"target {text!r}: valid are cpu, export:tpu, export:cuda, tpu:v5e:2x2 and the like")
-    return Place(Target.of(tuple(found.devices)), device if device in roofline.DEVICES else None)
+    return Place(target, device_of(text))
+
+
+def device_of(text: str) -> str | None:
+    """Names the roofline's device for a `--target`; None if it has none of that kind."""
+    kind, _, rest = text.partition(":")
+    name = rest.partition(":")[0]
+    name = f"tpu-{name}" if kind == "tpu" else name
+    return name if name in roofline.DEVICES else None
 
 
 class Programs:
@@ -112,7 +151,8 @@ class Programs:
             shapes = dict(image_shape=setting.image_shape, preprocess=preprocess)
             self._evaluator = Evaluator(model, instances, batch_size=batch_size, **shapes)
             self._inference = InferencePrograms(model, **shapes)
-        self._batch_size = setting.batch_size
+            self._pools = Switch(build_pool, self._shapes_of_pool)
+        self._model, self._setting = model, setting
 
     def compile(self, kind: str, instance: SDPointInstance) -> Any:
         """Compiles, or exports, one program; those that evaluate are of the layers after the instance's point."""
@@ -121,8 +161,29 @@ class Programs:
         if kind == "update":
             return self._training._programs["update"]  # Of no instance, which is why the class hides it.
         if kind == "inference":
-            return self._inference[instance, self._batch_size]
+            return self._inference[instance, self._setting.batch_size]
+        if kind == "pool":
+            return self._pools[instance]
         return self._evaluator._programs[kind, instance]
+
+    def _shapes_of_pool(self, instance):
+        """Returns the shapes of what the pool of an instance takes, and of its output's gradient."""
+        operations = list_operations(self._model, instance, self._setting.image_size)
+        name = "stem/pool" if instance.point == STEM else f"block_{instance.point:02d}/pool"
+        pool = next(operation for operation in operations if operation.name == name)
+        shapes = (self._setting.batch_size, *pool.input), (self._setting.batch_size, *pool.output)
+        return tuple(jax.ShapeDtypeStruct(shape, self._model.dtype) for shape in shapes)
+
+
+def build_pool(instance: SDPointInstance) -> Any:
+    """Makes what compiles the pool of an instance, to the size of its output's gradient and back."""
+    pool = adaptive_max_pool if instance.point == STEM else adaptive_avg_pool
+
+    def pool_both_ways(x, gradient):
+        pooled, backward = jax.vjp(functools.partial(pool, size=gradient.shape[1:3]), x)
+        return pooled, *backward(gradient)
+
+    return on_device(pool_both_ways, jax.devices()[0])
 
 
 def measure(programs: Programs, kind: str, instance: SDPointInstance) -> dict:
@@ -136,18 +197,21 @@ def measure(programs: Programs, kind: str, instance: SDPointInstance) -> dict:
         )
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     text = program.as_text() or ""
-    return row | {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "donated": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "peak": getattr(memory, "peak_memory_in_bytes", 0)
-        or memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
-        "flops": cost.get("flops"),
-        "bytes": cost.get("bytes accessed"),
-        "cycles": estimated_cycles(text),
-        "float32_convolutions": len(re.findall(r"= f32\[[^=]*? convolution\(f32", text)),
-    }
+    return (
+        row
+        | {
+            "arguments": memory.argument_size_in_bytes,
+            "outputs": memory.output_size_in_bytes,
+            "donated": memory.alias_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+            "peak": getattr(memory, "peak_memory_in_bytes", 0)
+            or memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+            "flops": cost.get("flops"),
+            "bytes": cost.get("bytes accessed"),
+            "cycles": estimated_cycles(text),
+        }
+        | count_compiled_convolutions(text)
+    )
 
 
 def count_convolutions(module: str) -> dict:
@@ -155,8 +219,22 @@ def count_convolutions(module: str) -> dict:
     convolutions = re.findall(r"stablehlo\.convolution\(.*?: \(tensor<[^>]*?x(\w+)>", module)
     return {
         "convolutions": len(convolutions),
+        "bfloat16_convolutions": convolutions.count("bf16"),
         "float32_convolutions": convolutions.count("f32"),
         "products": module.count("stablehlo.dot_general"),
+    }
+
+
+def count_compiled_convolutions(text: str) -> dict:
+    """Counts the convolutions of a compiled program by what they take; matrix products, to XLA alike, are none."""
+    types = dict(re.findall(r"%?([\w.\-]+)(?: =|:) (\w+)\[", text))
+    taken = []
+    for operands, rest in re.findall(r" (?:convolution|custom-call)\(([^)\n]*)\)([^\n]*)", text):
+        if "dim_labels" in rest and "/dot_general" not in rest:
+            taken.append({types.get(operand.split("%")[-1]) for operand in operands.split(",")[:2]})
+    return {
+        "bfloat16_convolutions": sum(kinds == {"bf16"} for kinds in taken),
+        "float32_convolutions": sum("f32" in kinds for kinds in taken),
     }
 
 
@@ -252,21 +330,109 @@ def show(row: dict) -> str:
     return f"{row['program']:<12}{row['instance']:<12}{''.join(cells)}  {ratios}"
 
 
-def run(target: str, net: str, dtype: str, instances: str, programs: str) -> list[dict]:
-    """Compiles the programs that the flags name; returns a row for each."""
-    place, setting = parse_target(target), Setting.parse(net)
+def has_program(kind: str, instance: SDPointInstance) -> bool:
+    """Tells whether there is such a program: one update for all instances, and no pool at full resolution."""
+    is_full = instance == FULL_RESOLUTION
+    return is_full if kind == "update" else not (is_full and kind == "pool")
+
+
+class Results:
+    """The rows of all programs that were compiled so far, in a file or, without a path, in memory."""
+
+    def __init__(self, path: str):
+        """Loads the file, if it is there."""
+        self._path = pathlib.Path(path) if path else None
+        exists = self._path is not None and self._path.exists()
+        self.rows = [json.loads(line) for line in self._path.read_text().splitlines()] if exists else []
+        for row in self.rows:
+            row |= {"options": ""} | row | count(row)
+        self._add_ratios()
+
+    def find(self, key: dict) -> dict | None:
+        """Returns the row of one program; None if it has not been compiled."""
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
+    def add(self, row: dict) -> None:
+        """Adds a row, and what is counted from shapes, and writes the file."""
+        self.rows.append(row | count(row))
+        self._add_ratios()
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(self._path, "".join(f"{json.dumps(row)}\n" for row in self.rows).encode())
+
+    def by_setting(self) -> dict[tuple, list[dict]]:
+        """Groups the rows by target, net, dtype and options."""
+        groups = {}
+        for row in self.rows:
+            groups.setdefault(tuple(row[key] for key in KEYS[:SETTING]), []).append(row)
+        return groups
+
+    def _add_ratios(self):
+        for rows in self.by_setting().values():
+            add_ratios(rows)
+
+
+def count(row: dict) -> dict:
+    """Returns what a row's shapes and cycles say; see `estimate`."""
+    device = device_of(row["target"])
+    instance = SDPointInstance.from_name(row["instance"])
+    counted = estimate(Setting.parse(row["net"]), row["dtype"], row["program"], instance, device)
+    if row.get("cycles") and device in GIGAHERTZ:
+        counted["compiler_ms"] = row["cycles"] / GIGAHERTZ[device] / 1e6
+    return counted
+
+
+def set_options(text: str) -> None:
+    """Sets what `--options` names, for all that this process compiles from then on."""
+    for option in filter(None, text.split(",")):
+        name, _, value = option.partition("=")
+        jax.config.update(name, type(getattr(jax.config, name))(value))
+
+
+def run(
+    target: str,
+    net: str,
+    dtype: str,
+    instances: str,
+    programs: str,
+    results: Results | None = None,
+    options: str = "",
+) -> list[dict]:
+    """Compiles those programs that the flags name and `results` lack; returns a row for each."""
+    setting, results = Setting.parse(net), results or Results("")
     chosen = choose(instances, setting)
     kinds = PROGRAMS if programs == "all" else programs.split(",")
-    compiled, rows = Programs(setting, dtype, place.target, chosen), []
-    for kind in kinds:
-        for instance in chosen if kind != "update" else chosen[:1]:
-            row = measure(compiled, kind, instance) | estimate(setting, dtype, kind, instance, place.device)
-            if row.get("cycles") and place.device in GIGAHERTZ:
-                row["compiler_ms"] = row["cycles"] / GIGAHERTZ[place.device] / 1e6
-            rows.append(row)
-            add_ratios(rows)
-            print(show(row), flush=True)
+    wanted = [(kind, instance) for kind in kinds for instance in chosen if has_program(kind, instance)]
+    set_options(options)
+    compiled, rows = None, []
+    for kind, instance in wanted:
+        key = dict(zip(KEYS, (target, net, dtype, options, kind, instance.name)))
+        if not results.find(key):
+            compiled = compiled or Programs(setting, dtype, parse_target(target).target, chosen)
+            versions = {name: version for name, version in report.versions(COMPILERS).items() if version}
+            results.add(key | measure(compiled, kind, instance) | versions)
+        rows.append(results.find(key))
+        print(show(rows[-1]), flush=True)
     return rows
+
+
+def summarise(results: Results) -> list[dict]:
+    """Prints the summary of each setting; returns it."""
+    found = []
+    for setting, rows in results.by_setting().items():
+        found.append(dict(zip(KEYS, setting)) | {"programs": len(rows), "rank_correlations": correlate(rows)})
+        work = sum(row["cpu_seconds"] for row in rows)
+        print(f"\n{' '.join(filter(None, setting))}: {len(rows)} programs, {work:.0f} CPU-s")
+        for kind, correlations in found[-1]["rank_correlations"].items():
+            values = ", ".join(f"{key} {value:.3f}" for key, value in correlations.items() if key != "n")
+            print(f"  {kind}: rank correlation with the compiler's estimate: {values} (n = {correlations['n']})")
+        device = device_of(setting[0])
+        peak = max(row.get("peak", 0) for row in rows)
+        if device and roofline.get_device(device).memory_gib:
+            print(f"  fullest: {peak / 2**30:.2f} of {roofline.get_device(device).memory_gib} GiB")
+        float32 = sum(row["float32_convolutions"] for row in rows)
+        print(f"  float32 convolutions: {float32}; bfloat16: {sum(row['bfloat16_convolutions'] for row in rows)}")
+    return found
 
 
 def main():
@@ -277,18 +443,15 @@ def main():
         target=(str, "see above"),
         instances=(str, "how many, spread over the net, or their names"),
         programs=(str, f"some of {','.join(PROGRAMS)}, or all"),
+        results=(str, "file of rows; empty for none"),
+        options=(str, "of JAX, see above; empty for none"),
     )
     print(report.heading())
     print(f"{'program':<12}{'instance':<12}{''.join(f'{name:>14}' for name in COLUMNS)}  of full resolution")
-    rows = run(options.target, options.net, options.dtype, options.instances, options.programs)
-    correlations = correlate(rows)
-    for kind, found in correlations.items():
-        print(f"{kind}: rank correlation with the compiler's estimate: {found}")
-    device = parse_target(options.target).device
-    if device and roofline.get_device(device).memory_gib:
-        fullest = max(row["peak"] for row in rows)
-        print(f"fullest: {fullest / 2**30:.2f} of {roofline.get_device(device).memory_gib} GiB")
-    report.write(options.json, options, programs=rows, rank_correlations=correlations)
+    results = Results(options.results)
+    what = options.target, options.net, options.dtype, options.instances, options.programs
+    rows = run(*what, results, options.options)
+    report.write(options.json, options, programs=rows, summary=summarise(results))
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@ Output cell i of n covers the input cells floor(i * size / n) .. ceil((i + 1) * 
 separately. The windows repeat every size / gcd(size, n) cells, so the usual sizes need only a few strided slices.
 """
 
+import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import lax
 
 from sdpoint_jax.models import target
 
+_MAX_CELLS = 256  # Height times width up to which a TPU averages irregular windows by one matrix product.
 _MAX_SLICES = 8  # Windows per period up to which slices are used; an irregular size has as many as cells.
 
 
@@ -24,8 +27,8 @@ def downsampled_size(size: int, ratio: float) -> int:
 
 def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
-    if _is_windowed(x, size):
-        return nn.avg_pool(x, *_window(x, size))
+    if target.platform() == "tpu" and pools_at_once(x.shape[1:3], size, averages=True):
+        return _average_at_once(x, size)
     for axis, out in ((1, size[0]), (2, size[1])):
         if x.shape[axis] - out == math.gcd(x.shape[axis], out):
             x = _average_neighbours(x, axis, out)
@@ -39,11 +42,11 @@ def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Takes the maximum of `x` [B, H, W, C] over adaptive windows, to [B, *size, C].
 
-    The gradient goes to the largest cells of a window, shared where several are; on a TPU, where the sizes divide, to
-    one of them. Behind a ReLU, cells are rarely equal but where they are 0, and there its own gradient is 0.
+    The gradient goes to the largest cells of a window, shared where several are; on a TPU, where windows are regular,
+    to one of them. Behind a ReLU, cells are rarely equal but where they are 0, and there its own gradient is 0.
     """
-    if _is_windowed(x, size):
-        return nn.max_pool(x, *_window(x, size))
+    if target.platform() == "tpu" and pools_at_once(x.shape[1:3], size, averages=False):
+        return _pool_regular(x, size, -jnp.inf, lax.max)
     for axis, out in ((1, size[0]), (2, size[1])):
         if _is_periodic(x.shape[axis], out):
             x = _pool_slices(x, axis, out, jnp.max)
@@ -52,15 +55,80 @@ def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x
 
 
-def _is_windowed(x, size):
-    """Tells whether to pool by XLA's own operation: on a TPU it moves fewer bytes, on a CPU slices are faster."""
-    return target.platform() == "tpu" and all(side % out == 0 for side, out in zip(x.shape[1:3], size))
+class _RegularWindows(NamedTuple):
+    """Windows of one axis as XLA's own operation has them, in every period anew.
+
+    Attributes:
+        periods: equal lengths of the axis.
+        width: cells of a window; those before or behind the period do not count.
+        stride: cells from one window to the next.
+        padding: cells that the first window begins before the period.
+    """
+
+    periods: int
+    width: int
+    stride: int
+    padding: int
 
 
-def _window(x, size):
-    """Returns the window of a pool whose sizes divide, and its strides, which are the same."""
-    window = tuple(side // out for side, out in zip(x.shape[1:3], size))
-    return window, window
+def pools_at_once(before: Sequence[int], after: Sequence[int], *, averages: bool) -> bool:
+    """Tells whether a TPU pools height and width in one pass, which reads and writes each cell once.
+
+    Slices are read and written by window there, one side after the other; on a CPU they are faster nevertheless.
+    """
+    windows = [_regular_windows(*sides) for sides in zip(before, after)]
+    if not averages:
+        return None not in windows
+    return _are_whole(windows) or math.prod(before) <= _MAX_CELLS
+
+
+def _are_whole(windows):
+    """Tells whether windows are regular and none is cut at the end of a period, as an average of it would be wrong."""
+    return not any(side is None or side.padding for side in windows)
+
+
+@functools.cache
+def _regular_windows(size, out):
+    """Finds the adaptive windows of `size` cells to `out` in XLA's form; None where they have none."""
+    periods = 1 if size % out == 0 else math.gcd(size, out)
+    period, cells = size // periods, out // periods
+    windows = _windows(period, cells)
+    width = max(stop - start for start, stop in windows)
+    padding = width - windows[0][1]
+    stride = windows[1][1] - windows[0][1] if cells > 1 else width
+    starts = [k * stride - padding for k in range(cells)]
+    if [(max(0, start), min(period, start + width)) for start in starts] != windows:
+        return None
+    return _RegularWindows(periods, width, stride, padding)
+
+
+def _average_at_once(x, size):
+    windows = [_regular_windows(*sides) for sides in zip(x.shape[1:3], size)]
+    if _are_whole(windows):
+        return _pool_regular(x, size, 0.0, lax.add) / math.prod(side.width for side in windows)
+    # Sums by products with zeros and ones, which are exact; weights in bfloat16 would not be.
+    rows, columns = (averaging_matrix(*sides) for sides in zip(x.shape[1:3], size))
+    cells = jnp.asarray(np.einsum("oh,pw->ophw", rows > 0, columns > 0), x.dtype)
+    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    total = jnp.einsum("bhwc,ophw->bopc", x, cells, precision=precision, preferred_element_type=jnp.float32)
+    return (total * np.outer(rows.max(1), columns.max(1))[None, :, :, None]).astype(x.dtype)
+
+
+def _pool_regular(x, size, initial, reduce):
+    """Pools height and width by XLA's windows; of an axis with several periods, each is an axis of its own."""
+    shape, window, strides, padding = [x.shape[0]], [1], [1], [(0, 0)]
+    for side, out in zip(x.shape[1:3], size):
+        axis = _regular_windows(side, out)
+        period, cells = side // axis.periods, out // axis.periods
+        if axis.periods > 1:
+            shape, window, strides = [*shape, axis.periods], [*window, 1], [*strides, 1]
+            padding = [*padding, (0, 0)]
+        after = (cells - 1) * axis.stride + axis.width - axis.padding - period
+        shape, window, strides = [*shape, period], [*window, axis.width], [*strides, axis.stride]
+        padding = [*padding, (axis.padding, after)]
+    x = x.reshape(*shape, x.shape[3])
+    pooled = lax.reduce_window(x, initial, reduce, (*window, 1), (*strides, 1), (*padding, (0, 0)))
+    return pooled.reshape(x.shape[0], *size, x.shape[-1])
 
 
 def _windows(size, out):

@@ -23,9 +23,10 @@ which assumes that a compiler fuses as XLA does:
     - In training, normalising and ReLU are one pass, which reads and writes. Of its backward pass, the sums over the
       batch come first; both read the gradient and the norm's input.
     - Where two branches meet, their gradients are read, added up and written; ReLUs are masked along the way.
-    - A pool whose sizes do not divide goes along the height, then the width. If its windows are not pairs of
-      neighbours, as from 4 cells to 3, each window of a period reads its own cells and is written by itself, a sum in
-      float32, to be read once more and written to its place. Backward, gradients are added up in one pass per side.
+    - A pool is one pass where a TPU needs no more, as for ratios 1/2 and 3/4 of most sizes and for averages of small
+      ones; elsewhere it may be more than one. Any other goes along the height, then the width: each window of a period
+      reads its own cells and is written by itself, a sum in float32, to be read once more and written to its place.
+      Backward, gradients are added up in one pass per side.
     - Nothing stays in a cache from one pass to the next, and layouts need no copies or padding.
 
 Weights are read once per batch, as float32; in training a second time for the input gradient, and their gradients are
@@ -43,6 +44,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.pool import pools_at_once
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.macs import Operation, count_macs, list_operations
 
@@ -207,7 +209,7 @@ def _pooled(operation, forward):
     (height, width, channels), (rows, columns, _) = operation.input, operation.output
     averages = operation.kind == "average_pool"
     is_usual = not averages and (rows, columns) == (-(-height // 2), -(-width // 2))  # The stem's own, of stride 2.
-    if is_usual or height % rows == width % columns == 0:
+    if is_usual or pools_at_once((height, width), (rows, columns), averages=averages):
         return channels * (height * width + rows * columns)
     by_height = width * channels * _pooled_axis(height, rows, averages, forward)
     return by_height + rows * channels * _pooled_axis(width, columns, averages, forward)
@@ -215,7 +217,7 @@ def _pooled(operation, forward):
 
 def _pooled_axis(size, out, averages, forward):
     """Counts likewise for one line of cells."""
-    if not forward or (averages and size - out == math.gcd(size, out)):
+    if not forward:
         return size + out
     cells = sum(-(-(i + 1) * size // out) - i * size // out for i in range(out))
     return cells + (5 if averages else 3) * out  # A sum, written and read in float32, counts as four in bfloat16.

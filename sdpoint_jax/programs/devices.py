@@ -139,12 +139,18 @@ def compiler_options() -> dict[str, Any]:
 
     A flag that stands in XLA_FLAGS, or that this XLA does not know, is left out.
     """
-    return _options_for_cpu() if target.platform() == "cpu" else {}
+    if target.platform() != "cpu":
+        return {}
+    with _asking:  # Threads that ask at once would all try the flags.
+        return _options_for_cpu()
 
 
 def quick_compiler_options() -> dict[str, Any]:
     """Returns those of `compiler_options` that make what runs once compile sooner, and change no bit of its results."""
     return {flag: value for flag, value in compiler_options().items() if flag == _LEVEL}
+
+
+_asking = threading.Lock()
 
 
 @functools.cache
@@ -278,7 +284,8 @@ class Compilation(Generic[Key]):
             keys: in the order in which the programs are needed.
             workers: threads; 0 for one per core.
             name: names the program of a key, for errors.
-            urgent: so many programs are needed first: until they are there, one core is left to what else is.
+            urgent: so many programs are needed first: until they are there, and one of the others is waited for, one
+                core is left to what else is, as the first step.
         """
         self.start, self._name, self._is_over = time.perf_counter(), name, False
         # Threads help, as XLA releases Python's lock.
@@ -286,10 +293,12 @@ class Compilation(Generic[Key]):
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
         at_once = max(urgent, workers - 1) if urgent else len(keys)
         self._tasks = {key: self._pool.submit(compile_it, key) for key in keys[:at_once]}
+        self._later, self._are_due = frozenset(keys[at_once:]), threading.Event()
         first = list(self._tasks.values())[:urgent]
 
         def compile_later(key):
             concurrent.futures.wait(first, return_when=concurrent.futures.FIRST_EXCEPTION)
+            self._are_due.wait()
             if self._is_over:
                 raise concurrent.futures.CancelledError
             return compile_it(key)
@@ -302,6 +311,7 @@ class Compilation(Generic[Key]):
 
     def __iter__(self) -> Iterator[tuple[Key, float]]:
         """Yields (key, seconds) of each program as it comes, until all are there; raises as `seconds`."""
+        self._are_due.set()
         keys = {task: key for key, task in self._tasks.items()}
         for task in concurrent.futures.as_completed(keys):
             yield keys[task], self._result(keys[task])
@@ -309,9 +319,14 @@ class Compilation(Generic[Key]):
     def wait(self, keys: Iterable[Key], seconds: float) -> bool:
         """Tells whether the programs of `keys` are there, after at most so many seconds; others are taken to be.
 
+        With 0 seconds it only looks: what is not urgent may not begin until it is waited for.
+
         Raises:
             RuntimeError: see `seconds`.
         """
+        keys = frozenset(keys)
+        if seconds and keys & self._later:
+            self._are_due.set()
         tasks = [self._tasks[key] for key in keys if key in self._tasks]
         _, missing = concurrent.futures.wait(tasks, seconds, concurrent.futures.FIRST_EXCEPTION)
         self.seconds()
@@ -336,6 +351,7 @@ class Compilation(Generic[Key]):
 
     def __exit__(self, *_):
         self._is_over = True
+        self._are_due.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

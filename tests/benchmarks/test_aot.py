@@ -34,6 +34,51 @@ def test_a_program_for_the_cpu_at_hand_is_measured_and_compared_with_full_resolu
     assert full["cycles"] is None  # Only the TPU compiler estimates them.
 
 
+def test_a_pool_is_measured_by_itself_at_the_sizes_of_its_instance():
+    stem, block = aot.run("cpu", "resnet18:64:2", "float32", "stem_r0.75,p03_r0.50", "pool")
+    # The stem's convolution makes 32 x 32 of the images; the third block ends at 8 x 8 x 128.
+    assert stem["arguments"] == 4 * 2 * 64 * (32**2 + 12**2)
+    assert block["arguments"] == 4 * 2 * 128 * (8**2 + 4**2)
+    assert block["outputs"] >= block["arguments"]  # The pooled values and the gradient of the input.
+
+
+def test_what_has_a_row_is_not_compiled_again_and_its_counts_are_new(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "aot.jsonl"
+    what = "export:tpu", "wrn10_1:8:2", "bfloat16", "p01_r0.50", "inference,update"
+    first = aot.run(*what, aot.Results(str(path)))
+    assert [(row["program"], row["instance"]) for row in first] == [
+        ("inference", "full"),
+        ("inference", "p01_r0.50"),
+        ("update", "full"),
+    ]
+    lines = path.read_text().splitlines()
+    path.write_text("".join(line.replace('"macs"', '"old"') + "\n" for line in lines[:2]))
+    compiled, measure = [], aot.measure
+
+    def watch(programs, kind, instance):
+        compiled.append(kind)
+        return measure(programs, kind, instance)
+
+    monkeypatch.setattr(aot, "measure", watch)
+    results = aot.Results(str(path))
+    assert [row["macs"] for row in results.rows] == [row["macs"] for row in first[:2]]
+    again = aot.run(*what, results)
+    assert compiled == ["update"] and [row["instance"] for row in again] == [row["instance"] for row in first]
+    assert len(path.read_text().splitlines()) == 3 and again[0]["jax"] == first[0]["jax"]
+
+
+def test_convolutions_of_a_compiled_program_are_told_apart_by_what_they_take():
+    text = """%fused (p.1: bf16[8,4]) -> bf16[8,4] {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  %wide.2 = f32[8,4]{1,0} convert(%p.1)
+  %a = bf16[8,4]{1,0} convolution(%p.1, %p.1), window={size=3x3}, dim_labels=b01f_01io->b01f
+  %b = f32[8,4]{1,0} convolution(%wide.2, %wide.2), window={size=3x3}, dim_labels=b01f_01io->b01f
+  %c = f32[8,4]{1,0} convolution(%wide.2, %wide.2), dim_labels=bf_io->bf, metadata={op_name="jit(f)/dot_general"}
+  ROOT %d = (bf16[8,4]{1,0}, u8[0]{0}) custom-call(%p.1, %a), dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$x"
+}"""
+    assert aot.count_compiled_convolutions(text) == {"bfloat16_convolutions": 2, "float32_convolutions": 1}
+
+
 def test_the_cycles_of_the_entry_are_summed_and_those_of_what_it_calls_are_not():
     text = """HloModule any
 %fused { ROOT %x = f32[] add(%a, %b), backend_config={"estimated_cycles":"1000"}

@@ -86,7 +86,16 @@ def test_the_downsampled_size_rounds_half_to_even_and_is_at_least_one(size, rati
     assert downsampled_size(size, ratio) == expected
 
 
-DIVISIBLE = [((8, 8), (4, 4)), ((56, 28), (28, 7)), ((9, 6), (3, 6)), ((4, 4), (4, 4))]
+# Windows that are alike and equally far apart in each period; the last ones would be but for the cells at its ends.
+ALIKE = [
+    ((8, 8), (4, 4)),
+    ((56, 28), (28, 7)),
+    ((9, 6), (3, 6)),
+    ((4, 4), (4, 4)),
+    ((56, 28), (42, 21)),
+    ((9, 8), (8, 6)),
+]
+CUT = [((16, 16), (6, 6)), ((7, 10), (4, 6)), ((40, 12), (15, 9))]
 
 
 def _operations(pool, before, after, platform):
@@ -96,17 +105,21 @@ def _operations(pool, before, after, platform):
 
 
 @pytest.mark.parametrize("pool", [adaptive_avg_pool, adaptive_max_pool])
-@pytest.mark.parametrize("before, after", SIZES + DIVISIBLE)
-def test_a_tpu_pools_by_its_own_operation_where_both_sizes_divide(pool, before, after):
-    divides = all(size % out == 0 for size, out in zip(before, after))
-    is_windowed = [name.startswith("reduce_window") for name in _operations(pool, before, after, "tpu")]
-    assert any(is_windowed) == divides
+@pytest.mark.parametrize("before, after", list(dict.fromkeys(SIZES + ALIKE + CUT)))
+def test_a_tpu_pools_by_one_operation_where_windows_are_regular_or_cells_few(pool, before, after):
+    has_one = (before, after) in [*ALIKE, ((3, 4), (3, 4)), ((23, 1), (22, 1))]
+    if pool is adaptive_max_pool:  # What lies beyond a period's end is no maximum; of an average it would be a part.
+        has_one |= (before, after) in [*CUT, ((9, 5), (1, 3))]
+    operations = _operations(pool, before, after, "tpu")
+    assert sum(name.startswith("reduce_window") for name in operations) == has_one
+    is_product = pool is adaptive_avg_pool and not has_one and before != (40, 12)  # Of few cells.
+    assert operations.count("dot_general") == is_product
     for platform in ("cpu", "gpu"):
         assert not any(name.startswith("reduce_window") for name in _operations(pool, before, after, platform))
 
 
 @pytest.mark.parametrize("pool, reduce, atol", [(adaptive_avg_pool, np.mean, 2e-6), (adaptive_max_pool, np.max, 0)])
-@pytest.mark.parametrize("before, after", DIVISIBLE)
+@pytest.mark.parametrize("before, after", list(dict.fromkeys(SIZES + ALIKE + CUT)))
 def test_a_tpus_pools_and_gradients_equal_those_of_a_cpu(pool, reduce, atol, before, after):
     x = _images(before)
     weights = np.random.default_rng(1).standard_normal((2, *after, 3), np.float32)

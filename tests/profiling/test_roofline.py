@@ -44,17 +44,19 @@ def test_a_pass_of_training_moves_these_bytes(name, elements, weights):
 
 def test_the_pool_of_a_point_reads_the_large_and_writes_the_small_activation():
     assert _bytes_of("block_01/pool forward", instance=SDPointInstance(1, 0.5)) == 4 * 10 * (X + X // 4)
+    small = 6 * 6 * 4  # Each period of 4 cells gives 3 averages of neighbours.
+    assert _bytes_of("block_01/pool forward", instance=SDPointInstance(1, 0.75)) == 4 * 10 * (X + small)
 
 
 @pytest.mark.parametrize(
     "size, ratio, height, width, backward",
     [
-        (8, 0.75, 8 + 6, 8 + 6, 8 + 6),  # Each period of 4 cells gives 3 averages of neighbours.
-        # Windows of 2, 3, 3 and 2 cells; each average is written and read in float32, and written once more.
-        (7, 0.5, 10 + 5 * 4, 10 + 5 * 4, 7 + 4),
+        # Windows of 2, 2, 2, 3, 2, 2 and 2 cells, twice; each average is written and read in float32, then written.
+        (18, 0.75, 30 + 5 * 14, 30 + 5 * 14, 18 + 14),
+        (19, 0.5, 28 + 5 * 10, 28 + 5 * 10, 19 + 10),  # Windows of 3 cells, the first and the last of 2.
     ],
 )
-def test_a_pool_whose_sizes_do_not_divide_goes_along_one_side_after_the_other(size, ratio, height, width, backward):
+def test_a_pool_of_irregular_windows_goes_along_one_side_after_the_other(size, ratio, height, width, backward):
     passes = list_passes(TINY, SDPointInstance(1, ratio), size, 1, training=True, channels=1)
     moved, out = {one.name: one.bytes for one in passes}, round(size * ratio)
     assert moved["block_01/pool forward"] == 4 * 4 * (size * height + out * width)
@@ -67,8 +69,11 @@ def test_the_stems_own_pool_is_one_pass_at_any_size_and_an_adaptive_one_reads_ea
         return {one.name: one.bytes for one in passes}["stem/pool forward"] / (4 * 64)
 
     assert elements(FULL_RESOLUTION, 150) == 75**2 + 38**2
-    # From 112 to 42: 14 periods of 8 cells, windows of 3, 4 and 3; each maximum is written, read and written once more.
-    assert elements(SDPointInstance(STEM, 0.75), 224) == (112 + 42) * (14 * 10 + 3 * 42)
+    # From 112 to 42: 14 periods of 8 cells, windows of 3, 4 and 3, which are 3 apart with one cell before and behind.
+    assert elements(SDPointInstance(STEM, 0.75), 224) == 112**2 + 42**2
+    # From 104 to 39 as well; from 108 to 40, 4 periods of 27 cells have windows of 3 and 4 cells, 36 in all.
+    assert elements(SDPointInstance(STEM, 0.75), 208) == 104**2 + 39**2
+    assert elements(SDPointInstance(STEM, 0.75), 216) == (108 + 40) * (4 * 36 + 3 * 40)
 
 
 def test_the_gradient_of_a_max_pool_reads_its_input_once_more():

@@ -1,5 +1,7 @@
+import concurrent.futures
 import gc
 import threading
+import time
 
 import jax
 import numpy as np
@@ -117,6 +119,32 @@ def test_a_core_is_left_until_the_programs_that_are_needed_first_are_there():
         assert sorted(builds.begun) == ["early", "late", "other"]
         builds.let_go.set()
         assert compilation.wait(["late", "last"], 20)
+
+
+def test_what_is_not_needed_first_compiles_once_one_of_it_is_waited_for_and_not_by_a_look():
+    builds = Builds()
+    switch = devices.Switch(builds, lambda key: ())
+    with switch.compile_behind(["first", "second", "last"], workers=2, urgent=1) as compilation:
+        assert compilation.wait(["first"], 20) and not compilation.wait(["second", "last"], 0)
+        time.sleep(0.05)  # The first step may run meanwhile, alone.
+        assert builds.begun == ["first"]
+        assert compilation.wait(["second"], 20) and compilation.wait(["last"], 20)
+    with switch.compile_behind(["third", "fourth"], workers=2, urgent=1) as compilation:
+        assert {key for key, _ in compilation} == {"third", "fourth"}
+
+
+def test_the_options_are_tried_once_however_many_threads_ask(monkeypatch):
+    tried = []
+
+    def try_slowly(flag, value):
+        tried.append(flag)
+        time.sleep(0.01)
+        return True
+
+    monkeypatch.setattr(devices, "_is_known", try_slowly)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert len({len(found) for found in pool.map(lambda _: devices.compiler_options(), range(4))}) == 1
+    assert sorted(tried) == sorted(set(tried))
 
 
 def test_what_has_not_begun_to_compile_at_the_end_of_the_context_never_does():
