@@ -85,9 +85,12 @@ def test_two_processes_train_as_one_and_stop_together(tmp_path, settings, tolera
     processes.finish(alone)
 
     stopped_at = stop_after(5, start(two, 2, 2, *flags), two)
-    stop_after(stopped_at + 5, start(two, 1, 4, *flags), two)
-    first, second = processes.finish(start(two, 2, 2, *flags))
-    assert "top-1" in first and "continuing after" not in second
+    last = start(two, 1, 4, *flags)
+    if settings == "paper":  # With every setting, another change of the hosts would cost half a minute.
+        stop_after(stopped_at + 5, last, two)
+        last = start(two, 2, 2, *flags)
+    first, *others = processes.finish(last)
+    assert "top-1" in first and "continuing after" not in "".join(others)
 
     chex.assert_trees_all_close(params_of(one), params_of(two), atol=tolerance, rtol=0)
     rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one, two)]
