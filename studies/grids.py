@@ -241,7 +241,7 @@ STUDY_C = Study(
         Curve("the paper's draw, compute of the sandwich", ("paper_same_compute",)),
         Curve("sandwich", ("sandwich",)),
         Curve("sandwich, distilled", ("sandwich_distilled",)),
-        Curve("cascades of the sandwich, distilled", ("sandwich_distilled",), "cascades"),
+        Curve("cascades of the paper's draw", ("paper",), "cascades"),
     ),
     comparisons=(
         Comparison("sandwich", "paper", "sandwich", "the paper's draw, same steps"),
