@@ -8,12 +8,17 @@ import subprocess
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def xla_flags(devices):
+    """The flags of the tests' own process, but for so many devices."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+
+
 def start(command, processes, devices):
     """Starts `command(index)` in so many processes of so many devices each, which find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
     started = []
     for index in range(processes):
         flags = [f"--coordinator={coordinator}", f"--num-processes={processes}", f"--process-id={index}"]

@@ -19,6 +19,7 @@ import commands
 import everything
 import jax
 import numpy as np
+import processes
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
@@ -275,7 +276,7 @@ def start_with_everything(teacher, workdir, devices):
     paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests"))
     environment = os.environ | {
         "PYTHONPATH": paths,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": processes.xla_flags(devices),
     }
     command = [sys.executable, "-c", script, str(teacher), str(workdir)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -599,7 +600,7 @@ def test_a_file_of_a_checkpoint_or_a_workdir_cannot_be_written_where_all_is_read
 
 @pytest.mark.slow
 def test_killed_runs_end_as_one_that_was_not(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", processes.xla_flags(1))
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1]))
     import soak
 

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
@@ -257,7 +258,7 @@ def test_eight_devices_have_the_losses_and_gradients_of_one_with_cross_device_no
     script = SET_LOSSES.format(paths=[str(here), str(here.parent)])
     runs = []
     for count in (1, 8):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        environment = os.environ | {"XLA_FLAGS": processes.xla_flags(count)}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import pytest
 import tiny
 from jax import lax
@@ -264,7 +265,7 @@ def test_eight_devices_train_as_one_with_cross_device_norm():
     script = LOSSES.format(paths=[str(here), str(here.parent)])
     runs = []
     for count in (1, 8):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        environment = os.environ | {"XLA_FLAGS": processes.xla_flags(count)}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         runs.append(json.loads(done.stdout))
