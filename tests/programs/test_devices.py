@@ -13,8 +13,7 @@ from sdpoint_jax.programs import devices
 
 
 @pytest.fixture(autouse=True)
-def _fresh_options(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # Without the level of the tests.
+def _fresh_options():
     devices._options_for_cpu.cache_clear()
     yield
     devices._options_for_cpu.cache_clear()
