@@ -57,24 +57,11 @@ from sdpoint_jax.programs.inference import InferencePrograms
 from sdpoint_jax.storage import files
 from sdpoint_jax.training.step import TrainPrograms, TrainState
 
+DEFAULTS = dict(dtype="bfloat16", instances="3", results="", options="")
 PRESETS = {
-    "small": dict(
-        target="export:tpu",
-        net="resnet20:32:128",
-        dtype="bfloat16",
-        instances="3",
-        programs="all",
-        results="",
-        options="",
-    ),
+    "small": dict(target="export:tpu", net="resnet20:32:128", programs="all"),
     "tpu": dict(
-        target="tpu:v5e:2x2",
-        net="resnet50:224:128",
-        dtype="bfloat16",
-        instances="3",
-        programs="gradient",
-        results="benchmarks/results/aot.jsonl",
-        options="",
+        target="tpu:v5e:2x2", net="resnet50:224:128", programs="gradient", results="benchmarks/results/aot.jsonl"
     ),
 }
 PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference", "pool")
@@ -197,21 +184,18 @@ def measure(programs: Programs, kind: str, instance: SDPointInstance) -> dict:
         )
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     text = program.as_text() or ""
-    return (
-        row
-        | {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "donated": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "peak": getattr(memory, "peak_memory_in_bytes", 0)
-            or memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
-            "flops": cost.get("flops"),
-            "bytes": cost.get("bytes accessed"),
-            "cycles": estimated_cycles(text),
-        }
-        | count_compiled_convolutions(text)
-    )
+    return row | {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "donated": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": getattr(memory, "peak_memory_in_bytes", 0)
+        or memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes,
+        "flops": cost.get("flops"),
+        "bytes": cost.get("bytes accessed"),
+        "cycles": estimated_cycles(text),
+        **count_compiled_convolutions(text),
+    }
 
 
 def count_convolutions(module: str) -> dict:
@@ -439,7 +423,7 @@ def main():
     """Measures, prints the table, and writes the results where the flags say so."""
     options = report.parse(
         __doc__,
-        PRESETS,
+        {name: DEFAULTS | preset for name, preset in PRESETS.items()},
         target=(str, "see above"),
         instances=(str, "how many, spread over the net, or their names"),
         programs=(str, f"some of {','.join(PROGRAMS)}, or all"),

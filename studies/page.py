@@ -123,9 +123,10 @@ def _table_of_cascades(study, rows):
     """Sets the cascades of each recipe beside its full resolution."""
     lines = _table_head(["cascades of", "mean MACs, at most", "mean MACs", "top-1", "full resolution", "difference"])
     for recipe in study.recipes:
-        alone = results.points(rows, recipe.name, batches=grids.STATISTICS_BATCHES)
-        full = next((point for point in alone if point.first.instance == "full"), None)
+        alone = [point for point in results.points(rows, recipe.name) if point.first.instance == "full"]
+        full_with = {(full.first.statistics, full.first.statistics_batches): full for full in alone}
         for point in results.points(rows, recipe.name, cascades=True):
+            full = full_with[point.first.statistics, point.first.statistics_batches]
             most = point.first.instance.removeprefix(results.CASCADE)
             cells = [f"`{recipe.name}`", f"{most} %", _percent_of(point.macs, full.macs), _top1(point), _top1(full)]
             lines.append(_line([*cells, f"{100 * (point.mean - full.mean):+.2f}"]))

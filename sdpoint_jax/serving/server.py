@@ -376,8 +376,10 @@ class _State:
 
 
 def _is_small(body) -> bool:
-    if len(body) > _SMALL_BODY or body.startswith(b"\x93NUMPY"):
-        return len(body) <= _SMALL_BODY
+    if len(body) > _SMALL_BODY:
+        return False
+    if body.startswith(b"\x93NUMPY"):
+        return True
     try:
         with Image.open(io.BytesIO(body)) as image:
             return image.width * image.height <= _SMALL_IMAGE

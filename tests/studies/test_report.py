@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 
 import figures
@@ -65,6 +66,8 @@ def test_cascades_stand_beside_full_resolution_with_their_mean_cost(rows):
     curve = grids.Curve("cascades", ("sdpoint",), "cascades")
     assert [point.macs for point in figures.points_of(grids.STUDY_A, curve, rows)] == [22_440_000]
     assert len(figures.points_of(grids.STUDY_A, grids.Curve("one net", ("sdpoint",)), rows)) == 2
+    few = [dataclasses.replace(row, statistics_batches=2) for row in rows]  # Beside full resolution's with the same.
+    assert cells in page.write_snippets(grids.STUDY_A, few).splitlines()
 
 
 def test_one_seed_has_no_spread(rows):
