@@ -30,7 +30,7 @@ from sdpoint_jax.storage.table import InstanceRow, Latency
 
 PRESETS = {
     "small": dict(loads="0.5,1,2", seeds=3, policies="full,cheapest,slackfit,headroom"),
-    "full": dict(loads="0.3,0.5,1,2,4", seeds=10, policies="full,cheapest,slackfit,headroom,headroom:0"),
+    "full": dict(loads="0.3,0.5,1,2,4", seeds=10, policies="full,cheapest,slackfit,headroom,headroom:0.5"),
 }
 HALVES = {"both": (0.0, 1.0), "first": (0.0, 0.5), "second": (0.5, 1.0)}
 COLUMNS = {"attainment": 100, "accuracy": 100, "effective": 100, "refused": 100, "p50_ms": 1, "p99_ms": 1}

@@ -29,9 +29,9 @@ from sdpoint_jax.serving.observed import Arrivals, Pace
 from sdpoint_jax.serving.policies import Plan, find_policy
 from sdpoint_jax.serving.selection import Budget, list_affordable
 
-# For how long the peak of recent arrivals is expected to go on, in objectives: the most after a request was lost, which
+# What the policy `headroom` multiplies the rate of arrivals by: the most at first and after a request was lost, which
 # fades to the least over about so many that were not.
-MOST_OUTLOOK, LEAST_OUTLOOK, FADING_REQUESTS = 4.0, 0.25, 1000
+LEAST_FACTOR, MOST_FACTOR, FADING_REQUESTS = 0.5, 1.0, 10_000
 
 
 class Controller:
@@ -81,7 +81,7 @@ class Controller:
         self._lines: dict[tuple[int, ...], Line] = {}
         self._running: list[Batch | None] = [None] * workers
         self._given_up: list[Request] = []
-        self._outlook = MOST_OUTLOOK
+        self._factor = MOST_FACTOR
         self._arrivals = Arrivals(objective)
         self._pace = Pace(table, workers)
         self._observed_at = math.inf
@@ -103,24 +103,24 @@ class Controller:
             ValueError: it names an instance that is not in the table, or its deadline or limit is not a number.
         """
         request = self._with_deadline(request, now)
-        self._arrivals.count(now, request.deadline - now)
+        self._arrivals.count(now)
         line, reason = self._line_of(request)
         if line is None:
             return Refused(reason, None)
         if self.waiting >= self.max_queue:
-            self._outlook = MOST_OUTLOOK
+            self._factor = MOST_FACTOR
             return Refused(f"{self.max_queue} requests wait already", self._drain_seconds(now))
         place = line.add(request)
         lateness = self._plan(now, self.slowness).least_lateness(request.deadline) if self._admission else 0.0
         if lateness <= 0:
-            self._outlook += (LEAST_OUTLOOK - self._outlook) / FADING_REQUESTS
+            self._factor += (LEAST_FACTOR - self._factor) / FADING_REQUESTS
             return Accepted(request.deadline)
         line.remove(place)
         if self._forgets_pace(now):
             return self.submit(request, now)
         if self._pace.quickest(line.options, self.slowness, self._pace.margin) > request.deadline - now:
             return Refused("no instance that it allows is fast enough for its deadline", None)
-        self._outlook = MOST_OUTLOOK
+        self._factor = MOST_FACTOR
         return Refused("too many others are answered first", self._drain_seconds(now))
 
     def next_batch(self, now: float) -> Batch | None:
@@ -231,8 +231,7 @@ class Controller:
             slowness=slowness,
             busy=self._busy_seconds(now),
             workers=len(self._running),
-            max_queue=self.max_queue,
-            outlook=self._outlook,
+            factor=self._factor,
         )
 
     def _with_deadline(self, request: Request, now: float) -> Request:
@@ -274,7 +273,7 @@ class Controller:
 
     def _lose(self, requests: list[Request]) -> None:
         self._given_up += requests
-        self._outlook = MOST_OUTLOOK
+        self._factor = MOST_FACTOR
 
     def _busy_seconds(self, now: float) -> float:
         """Sums the work in progress. A batch that is overdue by x is taken to need another x."""

@@ -1,5 +1,6 @@
 """What a batch of each instance takes, as the controller plans with it. No JAX."""
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -91,6 +92,24 @@ class LatencyTable:
             if not any((self.seconds[other] <= self.seconds[i]).all() for other in kept):
                 kept.append(i)
         return tuple(kept)
+
+    def hull(self, among: Iterable[int]) -> tuple[int, ...]:
+        """Returns those of the front that no mixture of two others equals, most accurate first.
+
+        Some batches on a faster instance and some on a more accurate one can give a queue the accuracy of a third in
+        less time than that one takes.
+        """
+        front = self.front(among)
+        pairs = list(itertools.combinations(front, 2))
+        return tuple(i for i in front if not any(self._mixture_beats(i, *pair) for pair in pairs))
+
+    def _mixture_beats(self, i: int, accurate: int, fast: int) -> bool:
+        """Tells whether two instances, mixed to be as accurate as a third, are as fast as that at every batch size."""
+        if not self.top1[fast] < self.top1[i] < self.top1[accurate]:
+            return False
+        share = (self.top1[i] - self.top1[fast]) / (self.top1[accurate] - self.top1[fast])
+        mixture = share * self.seconds[accurate] + (1 - share) * self.seconds[fast]
+        return bool((mixture <= self.seconds[i]).all())
 
     def fastest(self, among: Iterable[int]) -> int:
         """Returns the one that takes the least time for an image; of equal ones the most accurate."""

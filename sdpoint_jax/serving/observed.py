@@ -12,7 +12,6 @@ from sdpoint_jax.serving.line import Batch
 
 SCALES = (1 / 16, 1 / 4, 1.0)  # In objectives: how far back the rate of arrivals is looked at.
 
-_PATIENCE_STEP = 0.05
 _TAIL, _MARGIN_STEP = 0.95, 0.02
 _RECENT_BATCHES = 5  # Their median is a worker's slowness: up to two outliers do not count, a change does after three.
 _INSTANCE_STEP, _LARGEST_SURPRISE = 0.02, 0.25
@@ -20,24 +19,22 @@ _ANSWER_STEP, _FORGETTING_SECONDS = 1 / 8, 2.0
 
 
 class Arrivals:
-    """Counts how many requests came of late, and how much time they left.
+    """Counts how many requests came of late.
 
     Attributes:
         objective: seconds within which a request is to be answered.
-        patience: seconds that requests leave for an answer, on average; at most the objective.
     """
 
     def __init__(self, objective: float):
         """Starts without any."""
         self._scales = [scale * objective for scale in SCALES]
         self._counts, self._last = [0.0] * len(SCALES), -math.inf
-        self.objective, self.patience = objective, objective
+        self.objective = objective
 
-    def count(self, now: float, patience: float) -> None:
-        """Counts one that comes now and leaves so many seconds."""
+    def count(self, now: float) -> None:
+        """Counts one that comes now."""
         self._counts = [1 + count for count in self._faded(now)]
         self._last = now
-        self.patience += _PATIENCE_STEP * (min(max(patience, 0.0), self.objective) - self.patience)
 
     def recent(self, now: float) -> list[tuple[float, float]]:
         """Returns some spans of time, in seconds, and about how many others came within each before the last one.

@@ -17,6 +17,7 @@ SLACKFIT_BUCKETS = 16
 # In margins. Of 1 and 2, on a simulated processor, 2 has less than half as many of the accepted given up, for up to
 # half a point of the answers in bursts, and for none where there is always more to do than can be done.
 _SURENESS = 2.0
+_AHEAD = 12.0  # In objectives: by when what waits is to be worked off. From 4 to 12 it matters little.
 _TOLERANCE = 1.05  # A smaller batch is worth this much more time for an image: it keeps others waiting less.
 
 
@@ -29,7 +30,7 @@ class Plan:
         slack: seconds until that one's deadline.
         seconds: [I, S], expected time of a batch.
         margin: most batches take no longer than this times that.
-        outlook: for how long the recent peak of arrivals is expected to go on, in objectives.
+        factor: by which the rate of recent arrivals is multiplied, to foresee that of the next ones.
     """
 
     def __init__(
@@ -43,8 +44,7 @@ class Plan:
         slowness: float,
         busy: float,
         workers: int,
-        max_queue: int,
-        outlook: float,
+        factor: float,
     ):
         """Looks at what waits.
 
@@ -57,31 +57,30 @@ class Plan:
             slowness: of the worker that will run the batch.
             busy: seconds of work in progress, of all workers.
             workers: how many.
-            max_queue: most requests that wait.
-            outlook: see the attribute.
+            factor: see the attribute.
         """
-        self.table, self.margin, self.outlook = table, pace.margin, outlook
+        self.table, self.margin, self.factor = table, pace.margin, factor
         self._factors = pace.correction * slowness
         self.seconds = table.seconds * self._factors[:, None]
         self._lines = [line for line in lines if line]
         self.line = min(self._lines, key=lambda line: line.deadlines[0], default=None)
         self.slack = self.line.deadlines[0] - now if self.line else math.inf
         self._now, self._workers, self._busy = now, workers, busy
-        self._arrivals, self._max_queue = arrivals, max_queue
+        self._arrivals = arrivals
 
-    def sizes(self, instance: int, hurry: bool = False) -> list[int]:
+    def sizes(self, instance: int) -> list[int]:
         """Lists the numbers of the largest batch sizes to try for the most urgent class, the best first.
 
-        That is the smallest one that is about as quick as any, for what waits; in a hurry, the quickest. Then come the
-        larger ones, then the smaller ones.
+        That is the smallest one that is about as quick as any, for what waits. Then come the larger ones, then the
+        smaller ones.
         """
-        best = self._best_size(len(self.line), instance, 1.0 if hurry else _TOLERANCE)
+        best = self._best_size(len(self.line), instance)
         useful = bisect.bisect_left(self.table.batch_sizes, min(len(self.line), self.table.batch_sizes[-1])) + 1
         return [*range(best, max(useful, best + 1)), *reversed(range(best))]
 
-    def _best_size(self, count: int, instance: int, tolerance: float) -> int:
+    def _best_size(self, count: int, instance: int) -> int:
         work = self.table.work[instance, :, min(count, self.table.batch_sizes[-1])]
-        return int(np.argmax(work <= tolerance * work.min()))
+        return int(np.argmax(work <= _TOLERANCE * work.min()))
 
     def lateness(
         self,
@@ -114,7 +113,7 @@ class Plan:
         for line in self._lines:
             if line is not self.line:
                 option = line.at_level(level)
-                parts.append(self._batches(line, option, self._best_size(len(line), option, _TOLERANCE)))
+                parts.append(self._batches(line, option, self._best_size(len(line), option)))
         deadlines, times = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts))
         if len(parts) > 1:
             order = np.argsort(deadlines, kind="stable")
@@ -146,22 +145,20 @@ class Plan:
         """Counts the requests that a batch begun now could answer in time."""
         return min(len(self.line) - self.too_late(instance, size), self.table.batch_sizes[size])
 
-    def has_headroom(self, instance: int, outlook: float) -> bool:
-        """Tells whether what waits and what may come can be answered at the level of an instance.
-
-        On each span of the recent past, requests go on to come as fast as they did within it.
+    def keeps_up(self, instance: int, factor: float) -> bool:
+        """Tells whether an instance can work off what waits while requests go on to come.
 
         Args:
             instance: its number.
-            outlook: for how long, in objectives.
+            factor: they come so many times as fast as on the busiest of some spans of the recent past.
         """
         each = self.table.per_image[instance] * self._factors[instance] / self._workers
-        ahead = outlook * self._arrivals.objective
-        room = min(self._arrivals.patience, self._max_queue * each)
-        ready = ahead + room - self._busy / self._workers
-        waiting = sum(map(len, self._lines))
-        recent = self._arrivals.recent(self._now)
-        return all((waiting + count * ahead / span) * each <= ready for span, count in recent)
+        ahead = _AHEAD * self._arrivals.objective
+        waiting = sum(map(len, self._lines)) + self._busy / self._workers / each
+        return all(
+            (waiting + factor * count * ahead / span) * each <= ahead
+            for span, count in self._arrivals.recent(self._now)
+        )
 
     def _batches(self, line: Line, instance: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Deadlines and times of the batches that a line is cut into; the last one may be cut further."""
@@ -172,32 +169,31 @@ class Plan:
         return deadlines, times
 
 
-def headroom(plan: Plan, outlook: float | None = None) -> tuple[int, int]:
-    """Runs the most accurate instance at whose level the queue is answered in time, and what else may come.
+def headroom(plan: Plan, factor: float | None = None) -> tuple[int, int]:
+    """Runs the most accurate instance that keeps up with arrivals and answers in time all that waits.
 
     Accuracy grows ever less with cost, so that a queue is best answered at one level all through; and a service that
     only looks at what already waits learns of an outburst when it has no time left for it. So the rate of arrivals is
-    looked at over short spans of the recent past, and the highest is expected to go on for a while: for longer, the
-    more recently a request was lost.
+    looked at over short spans of the recent past, and the highest is expected to go on.
 
     Args:
         plan: what is known.
-        outlook: for how long, in objectives, instead of that. More answers more requests in an outburst, less answers
-            them more accurately.
+        factor: by which that rate is multiplied, instead of the plan's. More answers more requests in an outburst, less
+            answers them more accurately; with 0, only what already waits counts.
 
     Returns:
         numbers of the instance and of the largest batch size.
     """
-    outlook = plan.outlook if outlook is None else outlook
+    factor = plan.factor if factor is None else factor
     for instance in plan.line.options:
-        if plan.has_headroom(instance, outlook):
+        if plan.keeps_up(instance, factor):
             for size in plan.sizes(instance):
                 if plan.lateness(instance, size, level=plan.table.per_image[instance]) <= 0:
                     return instance, size
-    return keep_deadlines(plan, hurry=True)
+    return keep_deadlines(plan)
 
 
-def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
+def keep_deadlines(plan: Plan) -> tuple[int, int]:
     """Runs the fastest instance that keeps all deadlines, or else what answers the most requests in time.
 
     Where not all can be kept, to run what the most urgent still allows would end in ever smaller batches: they answer
@@ -205,7 +201,6 @@ def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
 
     Args:
         plan: what is known.
-        hurry: whether time for an image counts more than the time of a batch.
 
     Returns:
         numbers of the instance and of the largest batch size.
@@ -213,7 +208,7 @@ def keep_deadlines(plan: Plan, hurry: bool = False) -> tuple[int, int]:
     by_speed = sorted(plan.line.options, key=lambda i: plan.table.per_image[i])
     for margin in (plan.margin, 1.0):
         for instance in by_speed:
-            for size in plan.sizes(instance, hurry):
+            for size in plan.sizes(instance):
                 if plan.lateness(instance, size, margin=margin) <= 0:
                     return instance, size
     rates = {(i, s): plan.in_time(i, s) / plan.seconds[i, s] for i in by_speed for s in plan.sizes(i)}
@@ -266,7 +261,7 @@ POLICIES: dict[str, tuple[Narrow, Choose]] = {
     "full": (_only_the_most_accurate, keep_deadlines),
     "cheapest": (_only_the_fastest, keep_deadlines),
     "slackfit": (LatencyTable.front, slackfit),
-    "headroom": (LatencyTable.front, headroom),
+    "headroom": (LatencyTable.hull, headroom),
 }
 
 
@@ -275,7 +270,7 @@ def find_policy(name: str, table: LatencyTable) -> tuple[Narrow, Choose]:
 
     Args:
         name: one of `POLICIES`; `fixed:NAME` for a single instance, or the most accurate one where a request does not
-            allow it; `headroom:OUTLOOK` for a fixed outlook in objectives, as `headroom:1.5`.
+            allow it; `headroom:FACTOR` for a factor of `headroom`, as `headroom:0.5`.
         table: of the instances.
 
     Raises:
@@ -289,10 +284,10 @@ def find_policy(name: str, table: LatencyTable) -> tuple[Narrow, Choose]:
         return (lambda table, allowed: (fixed,) if fixed in allowed else table.front(allowed)[:1]), keep_deadlines
     if kind == "headroom":
         try:
-            outlook = float(value)
+            factor = float(value)
         except ValueError:
-            outlook = math.nan
-        if not 0 <= outlook < math.inf:
-            raise ValueError(f"policy {name!r}: valid outlooks are 0 and positive numbers of objectives")
-        return LatencyTable.front, functools.partial(headroom, outlook=outlook)
-    raise ValueError(f"policy {name!r}: valid are {', '.join(POLICIES)}, fixed:NAME, headroom:OUTLOOK")
+            factor = math.nan
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"policy {name!r}: valid factors are 0 and positive numbers")
+        return LatencyTable.hull, functools.partial(headroom, factor=factor)
+    raise ValueError(f"policy {name!r}: valid are {', '.join(POLICIES)}, fixed:NAME, headroom:FACTOR")
