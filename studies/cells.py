@@ -173,7 +173,7 @@ def run_cell(
     if cell.recipe.length:
         _train(config, workdir)
     arrays, record = checkpoint.load_newest(workdir if cell.recipe.length else config.init_from)
-    params, experiment = arrays["params"], Experiment(config)
+    params, experiment = arrays["ema" if config.ema_decay else "params"], Experiment(config)
     experiment.check_params(params, str(workdir))
     shared = {
         "study": cell.study.name,

@@ -80,6 +80,15 @@ def test_a_sweep_that_is_missing_needs_no_second_training(finished, monkeypatch)
     assert results.read(other)[-2:] == results.read(file)[:2]
 
 
+def test_a_net_with_averaged_parameters_is_swept_with_these(finished, tmp_path):
+    averaged = dataclasses.replace(STUDY.recipes[0], name="averaged", changes={"ema_decay": 0.9})
+    study = dataclasses.replace(STUDY, recipes=(averaged,))
+    runner.run_cells(cells.list_cells(study, [0]), SOURCE, tmp_path / "out", tmp_path / "A.csv")
+    plain, mean = results.read(finished[1])[0], results.read(tmp_path / "A.csv")[0]
+    assert (plain.recipe, plain.instance) == ("sdpoint", mean.instance)
+    assert plain.loss != mean.loss
+
+
 def test_a_training_that_was_killed_has_no_time(finished, tmp_path):
     config = cells.make_config(CELLS[0], SOURCE)
     times = tmp_path / "seconds.jsonl"
