@@ -1,6 +1,5 @@
 """What a batch of each instance takes, as the controller plans with it. No JAX."""
 
-import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -99,17 +98,15 @@ class LatencyTable:
         Some batches on a faster instance and some on a more accurate one can give a queue the accuracy of a third in
         less time than that one takes.
         """
-        front = self.front(among)
-        pairs = list(itertools.combinations(front, 2))
-        return tuple(i for i in front if not any(self._mixture_beats(i, *pair) for pair in pairs))
+        front = np.array(self.front(among), int)
+        return tuple(int(i) for i in front if not self._is_equalled(i, front))
 
-    def _mixture_beats(self, i: int, accurate: int, fast: int) -> bool:
-        """Tells whether two instances, mixed to be as accurate as a third, are as fast as that at every batch size."""
-        if not self.top1[fast] < self.top1[i] < self.top1[accurate]:
-            return False
-        share = (self.top1[i] - self.top1[fast]) / (self.top1[accurate] - self.top1[fast])
-        mixture = share * self.seconds[accurate] + (1 - share) * self.seconds[fast]
-        return bool((mixture <= self.seconds[i]).all())
+    def _is_equalled(self, i: int, front: np.ndarray) -> bool:
+        """Tells whether a mixture that is as accurate as an instance is as fast as it at every batch size."""
+        accurate, fast = front[self.top1[front] > self.top1[i]], front[self.top1[front] < self.top1[i]]
+        shares = (self.top1[i] - self.top1[fast]) / (self.top1[accurate, None] - self.top1[fast])  # [accurate, fast]
+        mixtures = shares[..., None] * self.seconds[accurate, None] + (1 - shares[..., None]) * self.seconds[fast]
+        return bool((mixtures <= self.seconds[i]).all(axis=-1).any())
 
     def fastest(self, among: Iterable[int]) -> int:
         """Returns the one that takes the least time for an image; of equal ones the most accurate."""

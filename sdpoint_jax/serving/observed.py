@@ -36,12 +36,12 @@ class Arrivals:
         self._counts = [1 + count for count in self._faded(now)]
         self._last = now
 
-    def recent(self, now: float) -> list[tuple[float, float]]:
-        """Returns some spans of time, in seconds, and about how many others came within each before the last one.
+    def peak_rate(self, now: float) -> float:
+        """Returns how many came a second on the busiest of some spans of the recent past, before the last one.
 
         That one came when it did says nothing about the rate.
         """
-        return [(scale, max(0.0, count - 1)) for scale, count in zip(self._scales, self._faded(now))]
+        return max(max(0.0, count - 1) / scale for scale, count in zip(self._scales, self._faded(now)))
 
     def _faded(self, now: float) -> list[float]:
         passed = now - self._last

@@ -60,8 +60,8 @@ class Plan:
             factor: see the attribute.
         """
         self.table, self.margin, self.factor = table, pace.margin, factor
-        self._factors = pace.correction * slowness
-        self.seconds = table.seconds * self._factors[:, None]
+        self._slowness = pace.correction * slowness
+        self.seconds = table.seconds * self._slowness[:, None]
         self._lines = [line for line in lines if line]
         self.line = min(self._lines, key=lambda line: line.deadlines[0], default=None)
         self.slack = self.line.deadlines[0] - now if self.line else math.inf
@@ -152,20 +152,18 @@ class Plan:
             instance: its number.
             factor: they come so many times as fast as on the busiest of some spans of the recent past.
         """
-        each = self.table.per_image[instance] * self._factors[instance] / self._workers
+        each = self.table.per_image[instance] * self._slowness[instance] / self._workers
         ahead = _AHEAD * self._arrivals.objective
-        waiting = sum(map(len, self._lines)) + self._busy / self._workers / each
-        return all(
-            (waiting + factor * count * ahead / span) * each <= ahead
-            for span, count in self._arrivals.recent(self._now)
-        )
+        waiting = sum(map(len, self._lines))
+        coming = factor * self._arrivals.peak_rate(self._now) * ahead
+        return self._busy / self._workers + (waiting + coming) * each <= ahead
 
     def _batches(self, line: Line, instance: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Deadlines and times of the batches that a line is cut into; the last one may be cut further."""
         deadlines = np.array(line.deadlines[:: self.table.batch_sizes[size]])
         times = np.full(len(deadlines), self.seconds[instance, size])
         if rest := len(line) % self.table.batch_sizes[size]:
-            times[-1] = self.table.work[instance, size, rest] * self._factors[instance]
+            times[-1] = self.table.work[instance, size, rest] * self._slowness[instance]
         return deadlines, times
 
 

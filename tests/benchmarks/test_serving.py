@@ -117,14 +117,15 @@ def test_an_open_policy_answers_all_and_most_of_them_late_where_more_comes_than_
 
 
 @pytest.mark.parametrize("load", [0.5, 1, 2])
-def test_headroom_answers_as_many_as_the_cheapest_more_accurately_and_can_beat_slackfit_in_both(load):
+def test_headroom_answers_as_many_as_the_cheapest_more_accurately_and_can_beat_slackfit(load):
     options = serving.parse(["--arrivals=gamma:6", "--requests=2500", "--loads=1", "--seeds=1"])
     found = {
         policy: serving.run(options, made_up_table(), policy, load, seed=0).summary()
         for policy in ("full", "cheapest", "slackfit", "headroom", "headroom:0.5")
     }
     ours, bold = found["headroom"], found["headroom:0.5"]
-    assert bold["attainment"] > found["slackfit"]["attainment"] - 0.001
+    assert ours["attainment"] >= found["slackfit"]["attainment"]
+    assert ours["effective"] > found["cheapest"]["effective"]
     assert bold["effective"] > max(found[policy]["effective"] for policy in ("cheapest", "slackfit"))
     assert (1 - ours["attainment"]) * 2.5 < 1 - found["full"]["attainment"]
     assert ours["attainment"] > found["cheapest"]["attainment"] - 0.005
