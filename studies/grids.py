@@ -283,7 +283,11 @@ STUDY_D = Study(
     ),
     curves=(
         Curve("as it was trained", ("paper_0",)),
-        *(Curve(f"{epochs} epochs, sandwich and teacher", (f"taught_{epochs}",)) for epochs in _LENGTHS if epochs),
+        *(
+            Curve(f"{epochs} {'epoch' if epochs == 1 else 'epochs'}, sandwich and teacher", (f"taught_{epochs}",))
+            for epochs in _LENGTHS
+            if epochs
+        ),
         Curve("20 epochs, the paper's draw", ("paper_20",)),
     ),
     comparisons=(
