@@ -70,8 +70,12 @@ def phase(workdir: pathlib.Path) -> str:
     return "stepping, validating"
 
 
-def run_with_kills(workdir: pathlib.Path, settings, kills: int, rng: random.Random, longest: float):
-    """One run, killed at most `kills` times, each after up to `longest` seconds.
+def run_with_kills(workdir: pathlib.Path, settings, kills: int, rng: random.Random, starting: float, last: int):
+    """One run, killed at most `kills` times, while it starts or between its first and its last steps.
+
+    Args:
+        starting: how many seconds a run takes to its first checkpoint.
+        last: its last step.
 
     Returns:
         how often it was killed, by what it was doing.
@@ -81,25 +85,34 @@ def run_with_kills(workdir: pathlib.Path, settings, kills: int, rng: random.Rand
     """
     killed = collections.Counter()
     while True:
-        before = workdir.with_suffix(".output").stat().st_size if workdir.with_suffix(".output").exists() else 0
+        output = workdir.with_suffix(".output")
+        before = output.stat().st_size if output.exists() else 0
         process = start(workdir, settings)
-        if rng.random() < 0.6:  # Most of a short life would be the start.
-            _wait_for_training(workdir, before, process)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(0, longest / 2) if killed.total() < kills else None)
+        if killed.total() >= kills:
+            process.wait()
+        elif rng.random() < 0.4:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, starting))
+        else:  # By steps, not by the clock: a machine that is suddenly faster or slower changes nothing.
+            _wait_for_step(rng.uniform(newest_step(workdir), 0.9 * last), workdir, process)
+            time.sleep(rng.uniform(0, 0.1))
         if process.poll() is None:
             process.kill()
             process.wait()
-            said = workdir.with_suffix(".output").read_text()[before:]
-            killed[phase(workdir) if "compiled" in said else "starting, compiling"] += 1
+            killed[phase(workdir) if "compiled" in output.read_text()[before:] else "starting, compiling"] += 1
         elif process.returncode == 0:
             return killed
         else:
             raise RuntimeError(f"{workdir}: exit code {process.returncode}: {said_last(workdir)}")
 
 
-def _wait_for_training(workdir, before, process):
-    while process.poll() is None and "compiled" not in workdir.with_suffix(".output").read_text()[before:]:
+def newest_step(workdir: pathlib.Path) -> int:
+    """Of the checkpoints; 0 without any."""
+    return max(checkpoint.list_steps(workdir / checkpoint.CHECKPOINTS), default=0)
+
+
+def _wait_for_step(step, workdir, process):
+    while process.poll() is None and newest_step(workdir) <= step:
         time.sleep(0.01)
 
 
@@ -134,14 +147,15 @@ def soak(folder: pathlib.Path, kills: int, seed: int = 0, settings=None, say=pri
     whole = folder / "whole"
     start(whole, settings | {"num_epochs": 0.05}).wait()  # Fills the cache of compiled programs.
     shutil.rmtree(whole)
-    begin = time.perf_counter()
-    if start(whole, settings).wait():
+    begin, process = time.perf_counter(), start(whole, settings)
+    _wait_for_step(0, whole, process)
+    starting = time.perf_counter() - begin
+    if process.wait():
         raise RuntimeError(f"{whole}: the uninterrupted run failed: {said_last(whole)}")
-    seconds = time.perf_counter() - begin
-    say(f"an uninterrupted run: {seconds:.1f} s")
+    say(f"an uninterrupted run: {time.perf_counter() - begin:.1f} s, the start {starting:.1f} s of it")
     for number in range(kills):
         workdir = folder / f"run{number}"
-        killed = run_with_kills(workdir, settings, kills - total.total(), rng, longest=seconds)
+        killed = run_with_kills(workdir, settings, kills - total.total(), rng, starting, last=newest_step(whole))
         total += killed
         found = differences(workdir, whole)
         say(f"{workdir.name}: {killed.total()} kills, {len(found)} differences ({total.total()} kills so far)")
