@@ -39,6 +39,7 @@ from sdpoint_jax.serving.selection import check_device
 _OPEN_CONNECTIONS, _CONNECTIONS = 512, 2048
 DEFAULT_MACHINE = serving.Machine()
 _MEASURED_REQUESTS = 1200
+_OVERLOAD = 1.5  # Of the measurement before the load, over what the quickest instance sustains.
 _CALM_GAP = 0.1  # Seconds between the requests before and after the load.
 _HEADERS = ("requests", "lost", "wrong", "in_time", "top1", "refused", "late", "p50_ms", "p99_ms")
 
@@ -180,33 +181,41 @@ def summarize(outcomes: Sequence[Outcome], top1: dict[str, float]) -> dict:
     }
 
 
-def measure_machine(url: str, table: LatencyTable, bodies: Sequence[bytes]) -> serving.Machine:
+def measure_machine(
+    url: str, table: LatencyTable, objective: float, bodies: dict[str, Sequence[bytes]]
+) -> serving.Machine:
     """Measures what the simulator has to know of service and client: what requests cost beside their batches.
+
+    Sends requests that are refused, and then more than the quickest instance answers, so that there is no pause.
 
     Args:
         url: of the service, idle, on this machine.
         table: that it plans with.
-        bodies: of requests like those to come.
+        objective: of the service, seconds.
+        bodies: of requests like those to come, by kind.
     """
-    fastest = table.fastest(range(len(table.names)))
-    refused = ask_closely(url, "/predict?top=1&deadline_ms=0.001", bodies, 16, _MEASURED_REQUESTS)
-    name = urllib.parse.quote(table.names[fastest])
-    path = f"/predict?top=1&deadline_ms=60000&instance={name}"
-    answered = ask_closely(url, path, bodies, 4 * table.batch_sizes[-1], _MEASURED_REQUESTS)
-    steady = slice(_MEASURED_REQUESTS // 4, None)
-    sizes = np.array([answer["batch_size"] for answer in answered.answers])[steady]
-    took = np.array([answer["compute_ms"] / 1e3 for answer in answered.answers])[steady]
-    profiled = table.seconds[fastest, np.searchsorted(table.batch_sizes, sizes)]
-    paces = np.log(took / profiled)
-    passed = answered.ends[-1] - answered.ends[steady.start]
+    both = [body for pair in zip(*bodies.values()) for body in pair]
+    refused = ask_closely(url, "/predict?top=1&deadline_ms=0.001", both, 16, _MEASURED_REQUESTS)
     read = refused.cpu_seconds / _MEASURED_REQUESTS
+    gap = float(table.per_image.min()) / _OVERLOAD
+    kinds, images = list(bodies), len(both) // len(bodies)
+    asks = [Ask(n * gap, n % images, kinds[n % len(kinds)], objective) for n in range(_MEASURED_REQUESTS)]
+    before = _busy_seconds(url)
+    outcomes = [outcome for outcome in asyncio.run(send(url, asks, bodies)) if outcome.answer]
+    answer = (_busy_seconds(url) - before - read * len(asks)) / len(outcomes)
+    outcomes = sorted(outcomes, key=lambda outcome: outcome.done)[len(outcomes) // 4 :]
+    sizes = np.array([outcome.answer["batch_size"] for outcome in outcomes])
+    took = np.array([outcome.answer["compute_ms"] / 1e3 for outcome in outcomes])
+    rows = [table.index_of(outcome.answer["instance"]) for outcome in outcomes]
+    paces = np.log(took / table.seconds[rows, np.searchsorted(table.batch_sizes, sizes)])
+    passed, batches = outcomes[-1].done - outcomes[0].done, float((1 / sizes).sum())
     return serving.Machine(
         bias=0.0,
         noise=float(paces.std()),
         pace=float(np.exp(paces.mean())),
-        handover_seconds=max(0.0, (passed - float((took / sizes).sum())) / float((1 / sizes).sum())),
+        handover_seconds=max(0.0, (passed - float((took / sizes).sum())) / batches),
         read_seconds=read,
-        answer_seconds=max(0.0, answered.cpu_seconds / _MEASURED_REQUESTS - read),
+        answer_seconds=max(0.0, answer),
     )
 
 
@@ -369,7 +378,7 @@ def run_load(options: argparse.Namespace, service: dict, predictor: Predictor, i
     end = float(times[-1])
     around = [Ask(at, 0, "npy", objective) for at in [*calm, *(end + _CALM_GAP + calm)]]
     bodies = {"npy": [encode(image) for image in images], "png": [encode_png(image) for image in images]}
-    machine = measure_machine(options.url, table, [body for pair in zip(*bodies.values()) for body in pair])
+    machine = measure_machine(options.url, table, objective, bodies)
     gc.collect()
     gc.freeze()  # JAX is a million objects: to look through them in the middle would hold requests back.
     outcomes = asyncio.run(send(options.url, asks + around, bodies))

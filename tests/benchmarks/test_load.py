@@ -60,20 +60,26 @@ def test_the_prediction_is_of_the_machine_that_was_measured():
     assert load.predict_outcome(asks, table, "headroom", 0.1, slow)["in_time"] < 0.5
 
 
-def test_what_requests_cost_is_measured(monkeypatch):
+def test_what_requests_cost_is_measured_under_more_than_the_service_can_answer(monkeypatch):
     table = LatencyTable.from_rows(serving.made_up_rows())
-    size, fastest = table.batch_sizes[-1], table.seconds[table.fastest(range(len(table.names))), -1]
+    size, name = table.batch_sizes[-2], "p01_r0.50"
+    seconds = 1.1 * table.seconds[table.index_of(name), -2]
+    busy = iter([5.0, 5.0 + 1200 * 0.001 + 1000 * 0.002])  # Before and after.
 
     def ask_closely(url, path, bodies, connections, count):
-        if "instance" not in path:
-            return load.Closed({503: count}, [], [0.0] * count, 0.001 * count)
-        assert count % size == 16  # The last batch is not full.
-        ends = [(k // size + 1) * (1.1 * fastest + 0.002) for k in range(count)]
-        answers = [{"batch_size": size, "compute_ms": 1.1e3 * fastest} for _ in ends]
-        return load.Closed({200: count}, answers, ends, 0.003 * count)
+        return load.Closed({503: count}, [], [0.0] * count, 0.001 * count)
+
+    async def send(url, asks, bodies):
+        assert len(asks) / asks[-1].at > 1 / table.per_image.min() and {ask.patience for ask in asks} == {0.1}
+        answer = {"instance": name, "batch_size": size, "compute_ms": 1e3 * seconds}
+        ends = [(number // size + 1) * (seconds + 0.002) for number in range(1000)]
+        answered = [load.Outcome(ask, end, 200, answer) for ask, end in zip(asks, ends)]
+        return answered + [load.Outcome(ask, ask.at, 503, None) for ask in asks[1000:]]
 
     monkeypatch.setattr(load, "ask_closely", ask_closely)
-    machine = load.measure_machine("http://127.0.0.1:1", table, [b""])
+    monkeypatch.setattr(load, "send", send)
+    monkeypatch.setattr(load, "_busy_seconds", lambda url: next(busy))
+    machine = load.measure_machine("http://127.0.0.1:1", table, 0.1, {"npy": [b"1"], "png": [b"2"]})
     assert machine.read_seconds == pytest.approx(0.001) and machine.answer_seconds == pytest.approx(0.002)
     assert machine.pace == pytest.approx(1.1)
     assert machine.handover_seconds == pytest.approx(0.002, abs=0.0005)
