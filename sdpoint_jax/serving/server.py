@@ -206,7 +206,7 @@ class _State:
             allowed = objective if deadline_ms is None else deadline_ms / 1e3
             if self._delay.before > objective:
                 raise Refusal("requests come faster than they can be read", 1.0)
-            image = await self._read_image(request)
+            image = await self._read_image(request, start + allowed)
             accepted = time.monotonic()
             seconds = allowed - (accepted - start) - self._delay.seconds
             answer = await self._engine.classify(image, deadline_seconds=seconds, instance=instance, max_macs=max_macs)
@@ -316,8 +316,8 @@ class _State:
         if preparing.exception():
             raise HTTPException(500, f"could not be prepared: {preparing.exception()}")
 
-    async def _read_image(self, request) -> np.ndarray:
-        """Reads and decodes the image of a request; raises HTTPException for what is none."""
+    async def _read_image(self, request, deadline) -> np.ndarray:
+        """Reads and decodes the image of a request; raises HTTPException for what is none, Refusal for what is late."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         body = await self._read_body(request)
         if kind == "multipart/form-data":
@@ -328,7 +328,9 @@ class _State:
             raise HTTPException(415, f"content type {kind}: send an image file, a form with a file, or an .npy array")
         if _is_small(body):
             return self._decode(body, kind)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, body, kind)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._decoders, self._decode_in_time, body, kind, deadline
+        )
 
     async def _read_body(self, request) -> bytes:
         limit, chunks, size = self._limits.body_bytes, [], 0
@@ -345,6 +347,11 @@ class _State:
         except TimeoutError:
             raise HTTPException(408, f"the body took longer than {self._limits.body_seconds:g} s") from None
         return b"".join(chunks)
+
+    def _decode_in_time(self, body, kind, deadline) -> np.ndarray:
+        if time.monotonic() > deadline:  # It waited for others: to decode it as well would make the next ones late.
+            raise Refusal("images come faster than they can be decoded", 1.0)
+        return self._decode(body, kind)
 
     def _decode(self, body, kind) -> np.ndarray:
         if kind == "application/x-npy" or body.startswith(b"\x93NUMPY"):

@@ -395,6 +395,19 @@ def test_small_images_are_read_on_the_spot_and_others_in_a_thread(client, monkey
     assert not threads[0].startswith("decode") and threads[1].startswith("decode")
 
 
+def test_an_image_that_waited_too_long_to_be_decoded_is_refused_without(client, monkeypatch):
+    service, decoded, go_on = client.app.state.service, [], threading.Event()
+    monkeypatch.setattr(service, "_decode", lambda body, kind: decoded.append(kind))
+    held = [service._decoders.submit(go_on.wait) for _ in range(service._decoders._max_workers)]
+    file = io.BytesIO()
+    Image.new("RGB", (512, 512)).save(file, "PNG")
+    threading.Timer(0.2, go_on.set).start()
+    refused = client.post("/predict?deadline_ms=100", content=file.getvalue())
+    assert all(task.result() for task in held)
+    assert refused.status_code == 503 and "faster than they can be decoded" in refused.text
+    assert not decoded and refused.headers["Retry-After"] == "1"
+
+
 def test_what_could_not_even_be_read_in_time_is_refused(predictor, monkeypatch):
     app = create_app(predictor, make_engine(predictor, objective=30.0))
     with TestClient(app) as client:
