@@ -77,7 +77,7 @@ def _classify(args, run_parts):
     missing = offline.missing_parts(plan, args.output)
     done = plan.count - sum(len(range(plan.count)[plan.part(number)]) for number in missing)
     with progress.bar(total=plan.count, initial=done, desc=f"classifying on {row.name}", unit="img") as bar:
-        for count in run_parts(args, swept, plan, inputs, missing):
+        for count in run_parts(args, swept, plan, inputs, missing) if missing else ():
             bar.update(count)
     before = f" ({done} of them before)" if done else ""
     print(f"classified {plan.count} images on {row.name}{before}: {args.output}/part-*.parquet")

@@ -69,6 +69,9 @@ def test_a_command_that_was_stopped_goes_on_with_what_is_missing(swept, images, 
     commands.run(*predict(swept, images, tmp_path / "out", "--max-macs=1e9"))
     assert "(10 of them before)" in capsys.readouterr().out
     assert rows_of(tmp_path / "out") == rows_of(tmp_path / "whole")
+    monkeypatch.delattr(Predictor, "compile")  # With nothing missing, nothing is prepared either.
+    commands.run(*predict(swept, images, tmp_path / "out", "--max-macs=1e9"))
+    assert "(23 of them before)" in capsys.readouterr().out
 
 
 def test_other_results_in_the_folder_are_kept(swept, images, tmp_path, capsys):
