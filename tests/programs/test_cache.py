@@ -21,6 +21,7 @@ from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs import cache as program_cache
 from sdpoint_jax.training import step as steps
 
+pytestmark = pytest.mark.xdist_group("cache")  # One worker makes the first run, once.
 ROOT = pathlib.Path(__file__).parents[2]
 
 # One step of one instance; prints how many programs JAX lowered, and a sum over all results.

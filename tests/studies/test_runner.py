@@ -12,6 +12,7 @@ from tiny_study import STUDY, without_times
 
 from sdpoint_jax.training import loop
 
+pytestmark = pytest.mark.xdist_group("studies")  # One worker trains the cells, once.
 SOURCE = cells.Source("digits")
 CELLS = cells.list_cells(STUDY, [0])
 
