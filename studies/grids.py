@@ -247,9 +247,14 @@ STUDY_C = Study(
         Comparison("sandwich", "paper", "sandwich", "the paper's draw, same steps"),
         Comparison("sandwich", "paper_same_compute", "sandwich", "the paper's draw, same compute"),
         Comparison("sandwich_distilled", "paper_same_compute", "sandwich, distilled", "the paper's draw, same compute"),
+        Comparison("pair", "paper", "full resolution and a drawn one", "the paper's draw, same steps"),
         Comparison("pair_distilled", "paper", "pair, distilled", "the paper's draw, same steps"),
         Comparison("paper_averaged", "paper", "averaged parameters", "the paper's draw"),
         Comparison("paper_by_cost", "paper", "draw weighted by cost", "the paper's draw"),
+        Comparison("paper_slow", "paper", "learning rate 0.05", "the paper's draw, 0.1"),
+        Comparison("paper_light", "paper", "weight decay 1e-4", "the paper's draw, 5e-4"),
+        Comparison("sandwich_slow", "sandwich", "sandwich, learning rate 0.05", "sandwich, 0.1"),
+        Comparison("sandwich_light", "sandwich", "sandwich, weight decay 1e-4", "sandwich, 5e-4"),
     ),
 )
 
