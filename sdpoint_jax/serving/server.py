@@ -39,6 +39,7 @@ PAGE = pathlib.Path(__file__).parent / "page"
 _READING_ARRAYS = threading.Lock()  # NumPy parses headers by `ast`, which fails in threads (CPython issue 106905).
 _WATCH_SECONDS = 0.01
 _SMALL_BODY, _SMALL_IMAGE = 1 << 16, 1 << 14  # Bytes, pixels: quicker to read than to hand to another thread.
+_BODIES = 32  # Of the largest size, held at once; smaller ones accordingly more.
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -167,6 +168,7 @@ class _State:
         self.metrics = Metrics(engine)
         self._delay = self.metrics.delay
         engine.on_batch = self.metrics.batch
+        self._held_bytes = 0  # Of all bodies that are read or decoded.
         self._decoders = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="decode")
         self._budget: dict[str, Any] = {}
         self._preparing: asyncio.Future | None = None
@@ -292,7 +294,8 @@ class _State:
     async def set_budget(self, request: Request) -> dict[str, Any]:
         """Limits the instances that are used from now on; an empty object lifts all limits."""
         try:
-            change = BudgetChange.model_validate_json(await self._read_body(request))
+            async with self._body_of(request) as body:
+                change = BudgetChange.model_validate_json(body)
         except pydantic.ValidationError as error:
             faults = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors()[:3])
             raise HTTPException(422, "; ".join(faults)) from None
@@ -318,8 +321,11 @@ class _State:
 
     async def _read_image(self, request, deadline) -> np.ndarray:
         """Reads and decodes the image of a request; raises HTTPException for what is none, Refusal for what is late."""
+        async with self._body_of(request) as body:
+            return await self._decode_body(request, body, deadline)
+
+    async def _decode_body(self, request, body, deadline):
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        body = await self._read_body(request)
         if kind == "multipart/form-data":
             body, kind = await _file_of_form(request, body)
         if not body:
@@ -332,21 +338,29 @@ class _State:
             self._decoders, self._decode_in_time, body, kind, deadline
         )
 
-    async def _read_body(self, request) -> bytes:
+    @contextlib.asynccontextmanager
+    async def _body_of(self, request) -> AsyncIterator[bytes]:
+        """Yields the body of a request; until the end its bytes count among those of all bodies."""
         limit, chunks, size = self._limits.body_bytes, [], 0
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > limit:
             raise HTTPException(413, f"body of {announced} bytes: at most {limit}")
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    if size > limit:
-                        raise HTTPException(413, f"body of more than {limit} bytes")
-                    chunks.append(chunk)
-        except TimeoutError:
-            raise HTTPException(408, f"the body took longer than {self._limits.body_seconds:g} s") from None
-        return b"".join(chunks)
+            try:
+                async with asyncio.timeout(self._limits.body_seconds):
+                    async for chunk in request.stream():
+                        size += len(chunk)
+                        self._held_bytes += len(chunk)
+                        if size > limit:
+                            raise HTTPException(413, f"body of more than {limit} bytes")
+                        if self._held_bytes > _BODIES * limit:
+                            raise _unavailable("too many uploads at once", 1.0)
+                        chunks.append(chunk)
+            except TimeoutError:
+                raise HTTPException(408, f"the body took longer than {self._limits.body_seconds:g} s") from None
+            yield b"".join(chunks)
+        finally:
+            self._held_bytes -= size
 
     def _decode_in_time(self, body, kind, deadline) -> np.ndarray:
         if time.monotonic() > deadline:  # It waited for others: to decode it as well would make the next ones late.

@@ -408,6 +408,16 @@ def test_an_image_that_waited_too_long_to_be_decoded_is_refused_without(client, 
     assert not decoded and refused.headers["Retry-After"] == "1"
 
 
+def test_bodies_that_are_too_many_together_are_refused_and_forgotten(client, monkeypatch):
+    service, body = client.app.state.service, npy(np.zeros((8, 8, 1), np.uint8))
+    monkeypatch.setattr(service, "_held_bytes", 32 * (1 << 20) - len(body) + 1)  # As if others were being read.
+    refused = client.post("/predict", content=body)
+    assert refused.status_code == 503 and "too many uploads at once" in refused.text
+    monkeypatch.setattr(service, "_held_bytes", service._held_bytes - 1)
+    for _ in range(2):  # Its bytes are given back.
+        assert client.post("/predict", content=body).status_code == 200
+
+
 def test_what_could_not_even_be_read_in_time_is_refused(predictor, monkeypatch):
     app = create_app(predictor, make_engine(predictor, objective=30.0))
     with TestClient(app) as client:
