@@ -401,7 +401,14 @@ def test_an_image_that_waited_too_long_to_be_decoded_is_refused_without(client, 
     held = [service._decoders.submit(go_on.wait) for _ in range(service._decoders._max_workers)]
     file = io.BytesIO()
     Image.new("RGB", (512, 512)).save(file, "PNG")
-    threading.Timer(0.2, go_on.set).start()
+
+    def hold():
+        while not all(task.running() for task in held) or service._decoders._work_queue.empty():
+            time.sleep(0.01)
+        time.sleep(0.15)  # Longer than its deadline.
+        go_on.set()
+
+    threading.Thread(target=hold).start()
     refused = client.post("/predict?deadline_ms=100", content=file.getvalue())
     assert all(task.result() for task in held)
     assert refused.status_code == 503 and "faster than they can be decoded" in refused.text
