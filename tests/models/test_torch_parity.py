@@ -43,8 +43,8 @@ def test_logits_are_those_of_the_golden_file(name):
     _check_named_net(name, formulation.named_images(1, 3, *GOLDEN[name]["image_size"]), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet152", "preresnet200", "resnext152"])
-def test_the_deepest_net_of_each_family_of_the_release_computes_what_pytorch_does(name):
+@pytest.mark.parametrize("name", ["resnet34", "resnet152", "preresnet18", "preresnet200", "resnext152"])
+def test_other_nets_of_the_release_to_the_deepest_of_each_family_compute_what_pytorch_does(name):
     torch = pytest.importorskip("torch")
     model = create_model(name, 10)
     state_dict = _random_state_dict(formulation.net_shapes(name, 10))
