@@ -384,7 +384,8 @@ def test_where_onnxruntime_does_not_do_xla_runs_everything(profiled, monkeypatch
     with pytest.raises(ValueError, match="runtime 'tvm': valid are auto, xla, onnxruntime"):
         Predictor(profiled, runtime="tvm")
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    found = {"onnxruntime": None, "onnx": find("numpy")}  # As if onnx were there, and onnxruntime not.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found[name] if name in found else find(name))
     predictor = Predictor(profiled)
     assert predictor.runtime_of("full", 1) == "xla"
     assert predictor.select(Budget(max_latency_ms=2.0)).name in MEASURED
