@@ -104,14 +104,36 @@ def _regular_windows(size, out):
 
 def _average_at_once(x, size):
     windows = [_regular_windows(*sides) for sides in zip(x.shape[1:3], size)]
-    if _are_whole(windows):
-        return _pool_regular(x, size, 0.0, lax.add) / math.prod(side.width for side in windows)
-    # Sums by products with zeros and ones, which are exact; weights in bfloat16 would not be.
-    rows, columns = (averaging_matrix(*sides) for sides in zip(x.shape[1:3], size))
-    cells = jnp.asarray(np.einsum("oh,pw->ophw", rows > 0, columns > 0), x.dtype)
+    if not _are_whole(windows):
+        return _average_by_product(x, size)
+    total = _sum_overlapping if any(side.stride < side.width for side in windows) else _sum
+    return total(x, size) / math.prod(side.width for side in windows)
+
+
+def _sum(x, size):
+    return _pool_regular(x, size, 0.0, lax.add)
+
+
+def _sum_overlapping(x, size):
+    """Sums windows that share cells, apart from the layers around: fused with them, XLA takes more passes."""
+    return lax.optimization_barrier(_sum(lax.optimization_barrier(x), size))
+
+
+def _average_by_product(x, size):
+    """Averages by one product of zeros and ones, which is exact; weights in bfloat16 would not be.
+
+    Height and width come first and the result stands by itself, so that XLA lays it out as the layers around it; as a
+    product over the inner axes, it has the layers behind it copied, each of them.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = (averaging_matrix(*sides) for sides in zip((height, width), size))
+    cells = jnp.asarray(np.einsum("oh,pw->ophw", rows > 0, columns > 0).reshape(-1, height * width), x.dtype)
+    share = np.outer(rows.max(1), columns.max(1)).reshape(-1, 1, 1)
+    x = x.transpose(1, 2, 0, 3).reshape(height * width, batch, channels)
     precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    total = jnp.einsum("bhwc,ophw->bopc", x, cells, precision=precision, preferred_element_type=jnp.float32)
-    return (total * np.outer(rows.max(1), columns.max(1))[None, :, :, None]).astype(x.dtype)
+    total = jnp.einsum("qk,kbc->qbc", cells, x, precision=precision, preferred_element_type=jnp.float32)
+    average = (total * share).astype(x.dtype).reshape(*size, batch, channels)
+    return lax.optimization_barrier(average.transpose(2, 0, 1, 3))
 
 
 def _pool_regular(x, size, initial, reduce):
