@@ -17,7 +17,9 @@ Each program is compiled by itself, and its work is CPU-seconds of this process.
 `python -m sdpoint_jax cost --device` for the same program, `compiler` the sum of the cycles that the TPU compiler
 expects of each instruction (without those of select-and-scatter and custom calls, which it does not estimate).
 Percentages are of full resolution; `reestimate` and `evaluate`, of the layers after a point alone, have none. `pool` is
-the downsampling of an instance by itself, forward and backward, on one device. Nothing runs on the target.
+the downsampling of an instance by itself, forward and backward, on one device. `blocks` is what the gradients would be
+if stem, blocks and head were programs of their own, of one device, and those alike were one: the work is that of the
+different ones, cycles, bytes and operations are the sum over the net. Nothing runs on the target.
 
 `--results` names a file that keeps a row of JSON for each program, with the versions that it was compiled by. What
 has a row is not compiled again, so a run that was interrupted goes on from there; delete rows to compile anew. What is
@@ -33,6 +35,7 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # Compiling for an absent TPU: no search for one, and several processes may load its library.
@@ -48,6 +51,7 @@ from jax.experimental import topologies
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool
+from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.models.target import Target, programs_for
 from sdpoint_jax.profiling import roofline
 from sdpoint_jax.profiling.macs import count_cost, list_operations
@@ -64,8 +68,8 @@ PRESETS = {
         target="tpu:v5e:2x2", net="resnet50:224:128", programs="gradient", results="benchmarks/results/aot.jsonl"
     ),
 }
-PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference", "pool")
-WHOLE = ("gradient", "update", "inference")  # Of the whole net; the others are of the layers after a point.
+PROGRAMS = ("gradient", "update", "reestimate", "evaluate", "inference", "pool", "blocks")
+WHOLE = ("gradient", "update", "inference", "blocks")  # Of the whole net; the others are of the layers after a point.
 KEYS = ("target", "net", "dtype", "options", "program", "instance")  # What tells rows apart.
 SETTING = 4  # So many of them are the same for all programs of a run.
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -139,7 +143,7 @@ class Programs:
             self._evaluator = Evaluator(model, instances, batch_size=batch_size, **shapes)
             self._inference = InferencePrograms(model, **shapes)
             self._pools = Switch(build_pool, self._shapes_of_pool)
-        self._model, self._setting = model, setting
+        self._model, self._setting, self._params, self._target = model, setting, params, target
 
     def compile(self, kind: str, instance: SDPointInstance) -> Any:
         """Compiles, or exports, one program; those that evaluate are of the layers after the instance's point."""
@@ -153,6 +157,20 @@ class Programs:
             return self._pools[instance]
         return self._evaluator._programs[kind, instance]
 
+    def blocks(self, instance: SDPointInstance) -> list[tuple[Any, Callable[[], Any]]]:
+        """Lists stem, blocks and head of an instance: what tells one apart, and what compiles it both ways."""
+        parts, modules = [], (*self._model.prefix_modules(self._model.num_blocks), "head")
+        x = jax.ShapeDtypeStruct((self._setting.batch_size, *self._setting.image_shape), np.uint8)
+        with programs_for(self._target):
+            for number, spec in enumerate(("stem", *self._model.architecture.blocks(), "head")):
+                run = functools.partial(run_part, self._model, instance, number)
+                params = {modules[number]: self._params[modules[number]]}
+                y = jax.eval_shape(run, params, x)
+                program = Switch(functools.partial(build_part, run), lambda _, shapes=(params, x, y): shapes)
+                parts.append(((spec, x.shape, y.shape), functools.partial(program.__getitem__, number)))
+                x = y
+        return parts
+
     def _shapes_of_pool(self, instance):
         """Returns the shapes of what the pool of an instance takes, and of its output's gradient."""
         operations = list_operations(self._model, instance, self._setting.image_size)
@@ -160,6 +178,27 @@ class Programs:
         pool = next(operation for operation in operations if operation.name == name)
         shapes = (self._setting.batch_size, *pool.input), (self._setting.batch_size, *pool.output)
         return tuple(jax.ShapeDtypeStruct(shape, self._model.dtype) for shape in shapes)
+
+
+def run_part(model: ResNet, instance: SDPointInstance, number: int, params: Any, x: jax.Array) -> jax.Array:
+    """Computes the stem (0), the block of that number, or behind the blocks the head, as in training."""
+    last = model.num_blocks
+    apply = functools.partial(model.apply, {"params": params}, train=True, mutable=["batch_stats"])
+    if number == 0:
+        return apply(preprocess(x), STEM, method="prefix")[0]
+    if number <= last:
+        return apply(x, number - 1 or STEM, number, instance=instance, method="between")[0]
+    return apply(x, last, instance=instance if instance.point == last else FULL_RESOLUTION, method="suffix")[0]
+
+
+def build_part(run: Callable, number: int) -> Any:
+    """Makes what compiles a part, forward and backward; the images, which the first one takes, have no gradient."""
+
+    def both_ways(params, x, gradient):
+        _, backward = jax.vjp(run, params, x) if number else jax.vjp(lambda params: run(params, x), params)
+        return backward(gradient)
+
+    return on_device(both_ways, jax.devices()[0])
 
 
 def build_pool(instance: SDPointInstance) -> Any:
@@ -174,10 +213,26 @@ def build_pool(instance: SDPointInstance) -> Any:
 
 
 def measure(programs: Programs, kind: str, instance: SDPointInstance) -> dict:
+    """Compiles one program, or those of `blocks`; returns their work and what the compiler says of them."""
+    key = {"program": kind, "instance": instance.name}
+    if kind != "blocks":
+        return key | describe(lambda: programs.compile(kind, instance))
+    different, parts = {}, programs.blocks(instance)
+    for part, compile_part in parts:
+        different[part] = different.get(part) or describe(compile_part)
+    rows = [different[part] for part, _ in parts]
+    total = {name: sum(row[name] or 0 for row in rows) for name in rows[0]}
+    total["cpu_seconds"] = sum(row["cpu_seconds"] for row in different.values())
+    if "peak" in total:
+        total["peak"] = max(row["peak"] for row in rows)
+    return key | total | {"different": len(different)}
+
+
+def describe(compile_it: Callable[[], Any]) -> dict:
     """Compiles one program; returns its work and what the compiler says of it."""
     start = time.process_time()
-    program = programs.compile(kind, instance)
-    row = {"program": kind, "instance": instance.name, "cpu_seconds": time.process_time() - start}
+    program = compile_it()
+    row = {"cpu_seconds": time.process_time() - start}
     if isinstance(program, jax.export.Exported):
         return (
             row | {"bytes_of_module": len(program.mlir_module_serialized)} | count_convolutions(program.mlir_module())

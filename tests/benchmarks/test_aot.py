@@ -42,6 +42,15 @@ def test_a_pool_is_measured_by_itself_at_the_sizes_of_its_instance():
     assert block["outputs"] >= block["arguments"]  # The pooled values and the gradient of the input.
 
 
+def test_blocks_that_are_alike_are_compiled_once_and_counted_each():
+    full, part = aot.run("cpu", "resnet20:32:2", "float32", "full,p02_r0.50", "blocks")
+    # Stem, head, one kind of block in the first stage and two in the others; and one more that pools its input.
+    assert full["different"] == 2 + 1 + 2 + 2 and part["different"] == full["different"] + 1
+    gradient, *_ = aot.run("cpu", "resnet20:32:2", "float32", "full", "gradient")
+    assert full["flops"] == pytest.approx(gradient["flops"], rel=0.1)
+    assert part["flops"] < full["flops"] and part["ratios"]["MACs"] < 1
+
+
 def test_what_has_a_row_is_not_compiled_again_and_its_counts_are_new(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "aot.jsonl"
     what = "export:tpu", "wrn10_1:8:2", "bfloat16", "p01_r0.50", "inference,update"
