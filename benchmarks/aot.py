@@ -159,17 +159,20 @@ class Programs:
 
     def blocks(self, instance: SDPointInstance) -> list[tuple[Any, Callable[[], Any]]]:
         """Lists stem, blocks and head of an instance: what tells one apart, and what compiles it both ways."""
-        parts, modules = [], (*self._model.prefix_modules(self._model.num_blocks), "head")
+        last, parts = self._model.num_blocks, []
+        modules = (*self._model.prefix_modules(last), *self._model.suffix_modules(last))
         x = jax.ShapeDtypeStruct((self._setting.batch_size, *self._setting.image_shape), np.uint8)
-        with programs_for(self._target):
-            for number, spec in enumerate(("stem", *self._model.architecture.blocks(), "head")):
-                run = functools.partial(run_part, self._model, instance, number)
-                params = {modules[number]: self._params[modules[number]]}
-                y = jax.eval_shape(run, params, x)
-                program = Switch(functools.partial(build_part, run), lambda _, shapes=(params, x, y): shapes)
-                parts.append(((spec, x.shape, y.shape), functools.partial(program.__getitem__, number)))
-                x = y
+        for number, spec in enumerate(("stem", *self._model.architecture.blocks(), "head")):
+            run = functools.partial(run_part, self._model, instance, number)
+            params = {modules[number]: self._params[modules[number]]}
+            y = jax.eval_shape(run, params, x)
+            parts.append(((spec, x.shape, y.shape), functools.partial(self._compile_part, run, number, params, x, y)))
+            x = y
         return parts
+
+    def _compile_part(self, run, number, *shapes):
+        with programs_for(self._target):
+            return build_part(run, number)(*shapes)
 
     def _shapes_of_pool(self, instance):
         """Returns the shapes of what the pool of an instance takes, and of its output's gradient."""
