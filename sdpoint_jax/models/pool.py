@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jax import lax
 
 from sdpoint_jax.models import target
@@ -53,6 +54,17 @@ def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
         else:
             x = _max_by_gather(x, axis, out)
     return x
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Takes the maximum of `x` [B, H, W, C] over windows of 3x3 cells, 2 apart, to [B, ceil(H / 2), ceil(W / 2), C].
+
+    The gradient goes to the first of the largest cells of a window. On a GPU, XLA's own operation adds gradients in any
+    order, so that two runs differ, or sorts them first; slices move fewer bytes there than either.
+    """
+    if target.platform() == "gpu":
+        return _max_of_slices(x)
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 class _RegularWindows(NamedTuple):
@@ -134,6 +146,18 @@ def _average_by_product(x, size):
     total = jnp.einsum("qk,kbc->qbc", cells, x, precision=precision, preferred_element_type=jnp.float32)
     average = (total * share).astype(x.dtype).reshape(*size, batch, channels)
     return lax.optimization_barrier(average.transpose(2, 0, 1, 3))
+
+
+def _max_of_slices(x):
+    for axis in (2, 1):  # In this order, the first of equal cells is that of the first row, as elsewhere.
+        out = -(-x.shape[axis] // 2)
+        padding = [(0, 0)] * 4
+        padding[axis] = (1, 2 * out - x.shape[axis])
+        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+        x, *others = (lax.slice_in_dim(padded, i, i + 2 * out - 1, 2, axis) for i in range(3))
+        for other in others:
+            x = jnp.where((x >= other) | (x != x), x, other)  # As the maximum, NaN where one is.
+    return x
 
 
 def _pool_regular(x, size, initial, reduce):

@@ -18,7 +18,7 @@ from sdpoint_jax import instance as sdpoint
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models import blocks
 from sdpoint_jax.models.architecture import Architecture
-from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool, downsampled_size
+from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool, downsampled_size, max_pool
 from sdpoint_jax.models.shared_trace import apply_block
 
 
@@ -107,7 +107,7 @@ class ResNet(nn.Module):
         if instance.point == STEM:
             sizes = (downsampled_size(-(-side // 2), instance.ratio) for side in x.shape[1:3])
             return adaptive_max_pool(x, tuple(sizes))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return max_pool(x)
 
     @property
     def num_blocks(self) -> int:

@@ -28,12 +28,16 @@ REPLICATED, SHARDED = None, 0  # For the `in_axes` and `out_axes` of `parallel`.
 
 _RARE = (100_000, 50, 100)  # Of `gc.set_threshold`.
 _LEVEL = "xla_backend_optimization_level"
-_ON_CPU = {
-    # Convolutions to Eigen, whose kernel gradients are 2 to 5 times faster than those of YNNPACK, XLA's own choice.
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    # Less duplication of what comes before a transposition. It also compiles sooner, as does the level.
-    "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
-    _LEVEL: 1,
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        # Convolutions to Eigen, whose kernel gradients are 2 to 5 times faster than those of YNNPACK, XLA's own choice.
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+        # Less duplication of what comes before a transposition. It also compiles sooner, as does the level.
+        "xla_cpu_opt_preset": "CPU_OPT_PRESET_FAST_COMPILE",
+        _LEVEL: 1,
+    },
+    # The same bits from the same program and numbers: no sum whose order is left to chance.
+    "gpu": {"xla_gpu_exclude_nondeterministic_ops": True},
 }
 
 PyTree = Any
@@ -135,14 +139,12 @@ def device_count() -> int:
 
 
 def compiler_options() -> dict[str, Any]:
-    """Returns what to ask of XLA for every program: for a CPU, other choices than its own; else nothing.
+    """Returns what to ask of XLA for every program of the platform, other than its own choices.
 
     A flag that stands in XLA_FLAGS, or that this XLA does not know, is left out.
     """
-    if target.platform() != "cpu":
-        return {}
     with _asking:  # Threads that ask at once would all try the flags.
-        return _options_for_cpu()
+        return _known_options(target.platform())
 
 
 def quick_compiler_options() -> dict[str, Any]:
@@ -154,9 +156,10 @@ _asking = threading.Lock()
 
 
 @functools.cache
-def _options_for_cpu():
+def _known_options(platform):
     given = os.environ.get("XLA_FLAGS", "")
-    return {flag: value for flag, value in _ON_CPU.items() if flag not in given and _is_known(flag, value)}
+    asked = _OPTIONS.get(platform, {})
+    return {flag: value for flag, value in asked.items() if flag not in given and _is_known(flag, value)}
 
 
 def _is_known(flag, value):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool, downsampled_size
+from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool, downsampled_size, max_pool
 from sdpoint_jax.models.target import Target, programs_for
 
 # Input and output sides: divisible, periodic, irregular, unequal, to a single cell, and none at all.
@@ -134,3 +134,24 @@ def test_a_tpus_pools_and_gradients_equal_those_of_a_cpu(pool, reduce, atol, bef
     with programs_for(Target("tpu")):
         np.testing.assert_allclose(pool(jnp.asarray(x), after), _brute_force(x, after, reduce), atol=atol)
         np.testing.assert_allclose(jax.grad(loss)(x), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (2, 3), (1, 1)])
+def test_a_gpus_stem_pool_gives_the_values_and_gradients_of_xlas_own_without_its_operation(size, dtype):
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 4, (2, *size, 3)), dtype)  # Many cells are equal.
+    expected, backward = jax.vjp(max_pool, x)
+    weights = jnp.asarray(np.random.default_rng(1).integers(-9, 9, expected.shape), dtype)  # Whose sums are exact.
+    with programs_for(Target("gpu")):
+        pooled, backward_on_gpu = jax.vjp(max_pool, x)
+        program = str(jax.make_jaxpr(lambda x: jax.vjp(max_pool, x)[1](weights))(x))
+    np.testing.assert_array_equal(pooled, expected)
+    np.testing.assert_array_equal(backward_on_gpu(weights)[0], backward(weights)[0])
+    assert "scatter" not in program
+
+
+def test_a_gpus_stem_pool_of_a_number_that_is_none_is_none():
+    x = _images((6, 6))
+    x[0, 3, 2, 1] = np.nan
+    with programs_for(Target("gpu")):
+        assert np.isnan(max_pool(jnp.asarray(x))).sum() == np.isnan(max_pool(x)).sum() > 0

@@ -14,29 +14,30 @@ from sdpoint_jax.programs import devices
 
 @pytest.fixture(autouse=True)
 def _fresh_options():
-    devices._options_for_cpu.cache_clear()
+    devices._known_options.cache_clear()
     yield
-    devices._options_for_cpu.cache_clear()
+    devices._known_options.cache_clear()
 
 
 def test_every_option_is_one_that_this_xla_knows():
-    assert devices.compiler_options() == devices._ON_CPU
+    assert devices.compiler_options() == devices._OPTIONS["cpu"]
     jax.jit(lambda x: x + 1).lower(1.0).compile(devices.compiler_options())
 
 
 def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
-    monkeypatch.setitem(devices._ON_CPU, "xla_cpu_no_such_flag", True)
-    assert set(devices._ON_CPU) - set(devices.compiler_options()) == {"xla_cpu_no_such_flag"}
+    monkeypatch.setitem(devices._OPTIONS["cpu"], "xla_cpu_no_such_flag", True)
+    assert set(devices._OPTIONS["cpu"]) - set(devices.compiler_options()) == {"xla_cpu_no_such_flag"}
 
 
 def test_a_flag_of_the_environment_stands(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=3")
-    assert set(devices._ON_CPU) - set(devices.compiler_options()) == {"xla_backend_optimization_level"}
+    assert set(devices._OPTIONS["cpu"]) - set(devices.compiler_options()) == {"xla_backend_optimization_level"}
 
 
-def test_an_accelerator_gets_no_options_of_ours(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert devices.compiler_options() == {}
+@pytest.mark.parametrize("platform, flags", [("gpu", {"xla_gpu_exclude_nondeterministic_ops": True}), ("tpu", {})])
+def test_a_gpu_adds_up_in_a_fixed_order_and_a_tpu_gets_no_options_of_ours(monkeypatch, platform, flags):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert devices.compiler_options() == flags
 
 
 def _mean_and_rows(scale, rows):
