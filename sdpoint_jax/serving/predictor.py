@@ -51,10 +51,10 @@ class Predictor:
         predictor = Predictor.load("runs/digits/sweep/artefact")
         logits = predictor.predict(images, budget=Budget(max_macs=5_000_000))
 
-    Programs are compiled on first use, and kept on disk where JAX's compilation cache is. `compile` makes them ahead of
-    time; from then on nothing else is compiled: batches are padded to the sizes that were asked for, and an instance
-    that was not is an error. Parameters are on each device once, whatever the number of instances; switching instances
-    copies nothing.
+    Programs are compiled on first use, and cached on disk in JAX's compilation cache. `compile` compiles them ahead of
+    time. After it, nothing else is compiled: batches are padded to the compiled sizes, a budget chooses among the
+    compiled instances, and naming another instance is an error. Parameters are on each device once, whatever the number
+    of instances; switching instances copies nothing.
 
     There are two runtimes. XLA runs anything anywhere; onnxruntime runs instances, not cascades, in float32 on one CPU,
     where it is often the faster. Which one runs what is fixed by the table and the arguments; see `runtime_of`.
@@ -98,9 +98,10 @@ class Predictor:
         self._runtimes: dict[tuple[SDPointInstance, int], str] = {}  # By instance and batch size, as they were asked.
         self._swept = {key: row.instance for row in self.rows for key in (row.name, row.instance)}
         # A search of the table takes longer than a small net.
-        self._select = functools.lru_cache(256)(self._select_anew)
+        self._select = functools.lru_cache(256)(self._select_uncached)
         self._turns = itertools.count()
-        self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}  # Batch sizes, ascending.
+        # Batch sizes, ascending. `compile` replaces these dicts and does not change them: other threads read them.
+        self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}
         self._compiled_cascades: dict[tuple[SDPointInstance, ...], tuple[int, ...]] = {}
 
     @classmethod
@@ -161,9 +162,10 @@ class Predictor:
         workers: int = 0,
         cascades: Iterable[Cascade | str] = (),
     ) -> None:
-        """Compiles ahead of time, or loads what an earlier process has compiled; from then on, nothing else is.
+        """Compile ahead of time, or load programs from the cache. Afterwards nothing else is compiled.
 
-        For onnxruntime, it opens sessions instead: one for each instance, which runs batches of any size unpadded.
+        A budget, or `mean_macs`, then chooses among what has been compiled. Later calls add to it. For onnxruntime, one
+        session is opened for each instance, which runs batches of any size unpadded.
 
         Args:
             instances: or their names.
@@ -184,9 +186,9 @@ class Predictor:
         for replica in self._replicas:
             collections.deque(replica.programs.compile(keys, workers), maxlen=0)
             collections.deque(replica.cascade_programs.compile(stages, sizes, workers), maxlen=0)
-        self._compiled_cascades |= dict.fromkeys(stages, sizes)
-        for instance in chosen:
-            self._compiled[instance] = tuple(sorted({*self._compiled.get(instance, ()), *sizes}))
+        self._compiled = _with_sizes(self._compiled, chosen, sizes)
+        self._compiled_cascades = _with_sizes(self._compiled_cascades, stages, sizes)
+        self._select = functools.lru_cache(256)(self._select_uncached)
 
     def program(
         self, instance: SDPointInstance | str, batch_size: int
@@ -205,7 +207,9 @@ class Predictor:
     def select(
         self, budget: Budget | None = None, *, max_macs: float | None = None, **settings: Any
     ) -> SDPointInstance:
-        """Picks the most accurate instance (top-1) within a budget; of equally accurate ones the cheapest.
+        """Pick the most accurate instance (top-1) within a budget; of equally accurate ones the cheapest.
+
+        After `compile`, only compiled instances are candidates.
 
         Args:
             budget: see `selection.Budget`; None for no limit.
@@ -223,12 +227,29 @@ class Predictor:
             budget = Budget(max_macs=max_macs)
         return self._select(budget or Budget(), **settings)
 
-    def _select_anew(self, budget, **settings):
+    def _select_uncached(self, budget, **settings):
+        if not self._is_compiled:
+            return self._select_among(self.rows, budget, **settings)
+        rows = [row for row in self.rows if row.instance in self._compiled]
+        if not rows:
+            raise ValueError("no instance was compiled, only cascades: name instances in Predictor.compile")
+        try:
+            return self._select_among(rows, budget, **settings)
+        except ValueError as error:
+            names = ", ".join(row.name for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
+            raise ValueError(f"{error} (compiled are {names})") from None
+
+    def _select_among(self, rows, budget, **settings):
         if budget.is_of_measurements:
-            settings["device"] = check_device(self.rows, self.device, settings.get("device"))
+            settings["device"] = check_device(rows, self.device, settings.get("device"))
             only = self.runtimes[0] if len(self.runtimes) == 1 else None
             settings = {"runtime": only, "dtype": self._artefact.dtype} | settings
-        return select(self.rows, budget, **settings).instance
+        return select(rows, budget, **settings).instance
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether `compile` was called, so that nothing else may be compiled."""
+        return bool(self._compiled or self._compiled_cascades)
 
     def predict(
         self,
@@ -245,8 +266,8 @@ class Predictor:
         Args:
             images: an array [B, H, W, C] of `image_shape`, uint8 or floats in 0..1; or one image or a list of images of
                 any size: paths, bytes of image files, PIL images, uint8 arrays; see `images.to_batch`.
-            budget: for the instance; see `select`.
-            max_macs: likewise.
+            budget: see `select`.
+            max_macs: the same as `Budget(max_macs=...)`.
             instance: the one to use, or its name, instead of a budget.
             mean_macs: the most multiply-accumulates of an image, mean over many: the most accurate cascade within it.
             cascade: the one to use, or the name of one in the table, as `p03_r0.50+full`.
@@ -288,14 +309,17 @@ class Predictor:
         """
         for stage in cascade.stages:
             self.find(stage)
-        if self._compiled and cascade.stages not in self._compiled_cascades:
-            raise ValueError(f"cascade {cascade.name}: not compiled")
+        if self._is_compiled and cascade.stages not in self._compiled_cascades:
+            names = ", ".join("+".join(stage.name for stage in stages) for stages in self._compiled_cascades)
+            raise ValueError(f"cascade {cascade.name}: not compiled; compiled are {names or 'no cascades'}")
         batch = to_batch(images, self.image_shape, self.resize)
         sizes = self._compiled_cascades.get(cascade.stages, _POWERS_OF_TWO)
         return self._next_replica().run_cascade(cascade, batch, sizes)
 
     def find_cascade(self, wanted: Cascade | str | float) -> Cascade:
-        """Finds a cascade of the table by its name, or the most accurate one within a mean cost, in MACs.
+        """Find a cascade of the table by its name, or the most accurate one within a mean cost, in MACs.
+
+        After `compile`, a mean cost chooses among the compiled cascades.
 
         Raises:
             ValueError: none of that name, or none so cheap.
@@ -303,7 +327,12 @@ class Predictor:
         if isinstance(wanted, Cascade):
             return wanted
         if not isinstance(wanted, str):
-            return select_cascade(self.cascades, wanted).cascade
+            rows = self.cascades
+            if self._is_compiled:
+                rows = tuple(row for row in rows if row.cascade.stages in self._compiled_cascades)
+                if self.cascades and not rows:
+                    raise ValueError(f"mean_macs {wanted}: no cascade was compiled; name some in Predictor.compile")
+            return select_cascade(rows, wanted).cascade
         for row in self.cascades:
             if row.name == wanted:
                 return row.cascade
@@ -345,11 +374,11 @@ class Predictor:
         return self._replicas[next(self._turns) % len(self._replicas)]
 
     def _batch_sizes(self, instance) -> Sequence[int]:
-        """Returns the batch sizes that `instance` may run at, ascending."""
-        if not self._compiled:
+        """Return the batch sizes that `instance` may run at, ascending."""
+        if not self._is_compiled:
             return _POWERS_OF_TWO
         if instance not in self._compiled:
-            names = ", ".join(compiled.name for compiled in self._compiled)
+            names = ", ".join(compiled.name for compiled in self._compiled) or "cascades alone"
             raise ValueError(f"instance {instance.name}: not compiled; compiled are {names}")
         return self._compiled[instance]
 
@@ -407,6 +436,11 @@ def _find_runtimes(runtime: str, dtype: str, devices: Sequence[jax.Device]) -> t
             raise
         return ("xla",)
     return ("onnxruntime",) if runtime == "onnxruntime" else ("xla", "onnxruntime")
+
+
+def _with_sizes(compiled, keys, sizes):
+    """Return a copy of {key: batch sizes} to which `sizes` are added for each of `keys`."""
+    return compiled | {key: tuple(sorted({*compiled.get(key, ()), *sizes})) for key in keys}
 
 
 def _softmax(logits):

@@ -20,7 +20,7 @@ from PIL import Image
 from sdpoint_jax.data.augment.crop import resize_and_center_crop
 from sdpoint_jax.evaluation import sweep
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.cascade import Cascade, confidence
+from sdpoint_jax.models.cascade import Cascade, CascadeRow, Measured, confidence
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
 from sdpoint_jax.serving.selection import Budget
@@ -233,6 +233,41 @@ def test_after_compile_nothing_else_is_compiled(swept, test_images):
         strict.predict(images[:1], instance="p02_r0.50")
     with pytest.raises(ValueError, match=r"batch_sizes \[0, 2\]: give at least one, each at least 1"):
         strict.compile(["full"], [2, 0])
+
+
+def test_after_compile_a_budget_chooses_among_what_is_compiled(swept, test_images):
+    predictor = Predictor(dataclasses.replace(artefact.load(swept.folder / "artefact"), rows=ROWS))
+    images, budget = test_images[0][:3], Budget(max_macs=60)
+    assert predictor.select(budget).name == "p02_r0.50"
+    predictor.compile(["p01_r0.75", "full"], [4])
+    assert predictor.select(budget).name == "p01_r0.75"
+    expected = predictor.predict(images, instance="p01_r0.75")
+    np.testing.assert_array_equal(predictor.predict(images, budget=budget), expected)
+    with pytest.raises(ValueError, match=r"max_macs 30: the cheapest .* p01_r0.75, .*\(compiled are full, p01_r0.75\)"):
+        predictor.predict(images, max_macs=30)
+    predictor.compile(["p01_r0.50"], [4])  # It is a candidate for budgets that were asked before, too.
+    assert predictor.select(budget).name == "p01_r0.50"
+    assert predictor.predict(images, max_macs=30).shape == (3, 10)
+
+
+def _cascade_row(first, mean_macs, top1):
+    measured = Measured(mean_macs, top1, 20, (0.5, 0.5))
+    stages = (SDPointInstance.from_name(first), FULL_RESOLUTION)
+    return CascadeRow(Cascade(stages, (0.5,)), (30, 70), "validation", measured, measured)
+
+
+def test_after_compile_a_mean_cost_chooses_among_the_compiled_cascades(swept, test_images):
+    found = artefact.load(swept.folder / "artefact")
+    rows = [_cascade_row("p01_r0.50", 60.0, 0.7), _cascade_row("p02_r0.50", 90.0, 0.8)]
+    predictor = Predictor(dataclasses.replace(found, cascades=tuple(row.to_record() for row in rows)))
+    assert predictor.find_cascade(100.0).name == "p02_r0.50+full"
+    predictor.compile([], [4], cascades=["p01_r0.50+full"])
+    assert predictor.find_cascade(100.0).name == "p01_r0.50+full"
+    assert predictor.predict(test_images[0][:2], mean_macs=100.0).shape == (2, 10)
+    with pytest.raises(ValueError, match="cascade p02_r0.50.full: not compiled; compiled are p01_r0.50.full"):
+        predictor.predict(test_images[0][:2], cascade="p02_r0.50+full")
+    with pytest.raises(ValueError, match="no instance was compiled, only cascades"):
+        predictor.predict(test_images[0][:2], max_macs=1e9)
 
 
 def test_threads_get_the_answers_to_their_own_images(predictor, test_images):
