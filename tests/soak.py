@@ -58,11 +58,11 @@ def start(workdir: pathlib.Path, settings) -> subprocess.Popen:
 def phase(workdir: pathlib.Path) -> str:
     """What a run that was just killed was doing, from what it has left."""
     checkpoints = workdir / checkpoint.CHECKPOINTS
-    names = [path.name for path in checkpoints.glob("*")] if checkpoints.exists() else []
-    for ending, doing in ((".writing", "saving"), (".deleting", "deleting"), (".replaced", "renaming")):
-        if any(ending in name for name in names):
+    temporary = list(checkpoints.glob(".*.sdpoint_jax"))
+    for name, doing in (("removed", "deleting"), ("old", "renaming"), ("*", "saving")):
+        if any(list(folder.glob(name)) for folder in temporary):
             return f"{doing} a checkpoint"
-    if list(workdir.glob("*.writing")):
+    if list(workdir.glob(".*.sdpoint_jax")):
         return "writing a file"
     log = workdir / "metrics.jsonl"
     if log.exists() and log.stat().st_size and not log.read_bytes().endswith(b"\n"):

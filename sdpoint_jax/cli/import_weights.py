@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("file", type=pathlib.Path, help="ending in .pth.tar, .pth, .pt, .th, .bin or .safetensors")
     parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
-    parser.add_argument("--output", required=True, type=pathlib.Path, help="folder of the checkpoint")
+    parser.add_argument(
+        "--output", required=True, type=pathlib.Path, help="folder of the checkpoint: new, empty or a checkpoint"
+    )
     parser.add_argument("--num-classes", type=int, help="as many as in the file by default")
     parser.add_argument("--channels", type=int, default=3, help="of the images, 3 by default")
     parser.add_argument("--reset-head", action="store_true", help="draw a new classifier instead of importing one")
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax.models import torch_import
     from sdpoint_jax.storage import checkpoint
 
+    checkpoint.check_replaceable(args.output)
     variables, record = torch_import.import_file(
         args.file,
         args.model,

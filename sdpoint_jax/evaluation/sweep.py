@@ -10,7 +10,6 @@ import functools
 import itertools
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +32,8 @@ from sdpoint_jax.storage.lock import FolderLock
 PyTree = Any
 LATENCY_PLOT = "latency.png"
 _PARTIAL = "partial"
+# Replaced by each sweep, and by those that add cascades or latencies.
+_NAMES = ("sweep.csv", "sweep.png", LATENCY_PLOT, "cascades.json", "cascades.png")
 _GROUP = 24  # Instances of one pass over the data, after which an interrupted sweep need not repeat them.
 
 
@@ -62,7 +63,8 @@ def sweep(
         the table, a row per instance in the order given.
 
     Raises:
-        ValueError: another process sweeps into `output`; imported statistics for more than full resolution; or see
+        ValueError: another process sweeps into `output`, or files are there that a sweep did not write; imported
+            statistics for more than full resolution; or see
             `Evaluator.evaluate`.
         OSError: something could not be written; names the path.
     """
@@ -71,6 +73,7 @@ def sweep(
         raise ValueError(f"imported statistics are those of full resolution alone, not of {names}: re-estimate these")
     imported = None if statistics is None else {FULL_RESOLUTION: statistics}
     output = pathlib.Path(output)
+    check_output(output)
     with FolderLock(output, "output folder") if is_main_host() else contextlib.nullcontext():
         groups = [instances[start : start + _GROUP] for start in range(0, len(instances), _GROUP)]
         found_statistics: dict[SDPointInstance, PyTree] = {}
@@ -85,8 +88,29 @@ def sweep(
         if is_main_host():
             swept = _artefact(experiment, params, found_statistics, rows, split, imported)
             write_results(swept, output, baseline)
-            shutil.rmtree(output / _PARTIAL, ignore_errors=True)
+            _remove_partial(output / _PARTIAL)
     return rows
+
+
+def check_output(output: pathlib.Path) -> None:
+    """Raise ValueError if files in the folder `output` that a sweep did not write are in the way of its results."""
+    checkpoint.check_replaceable(output / artefact.ARTEFACT)
+    if (output / table.TABLE).exists():
+        table.read_table(output / table.TABLE)  # With a sweep's table in it, the folder is the folder of a sweep.
+    elif found := [name for name in _NAMES if os.path.lexists(output / name)]:
+        raise ValueError(
+            f"{output / found[0]}: exists, and no {table.TABLE} beside it says that a sweep wrote it; "
+            "move it, or give another --output"
+        )
+
+
+def _remove_partial(folder):
+    """Remove the results of groups, of this sweep and of others that were interrupted."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            checkpoint.remove(path)
+        with contextlib.suppress(OSError):  # What is left in it is not ours.
+            folder.rmdir()
 
 
 def write_results(
@@ -155,6 +179,8 @@ def _load_group(path, key):
         arrays, record = checkpoint.load(path)
     except checkpoint.CheckpointError as error:
         progress.say(f"measuring again: {error}")
+        if is_main_host() and checkpoint.own_files(path) is None:
+            checkpoint.move_aside(path)  # So damaged that nothing says that it is ours to replace.
         return None
     return (arrays, record["metrics"]) if record["key"] == key else None
 

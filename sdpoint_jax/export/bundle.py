@@ -13,8 +13,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdpoint_jax.export.folder import replacing
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.storage import folders
 from sdpoint_jax.storage.artefact import Artefact
 
 FORMAT = 1  # Of the manifest.
@@ -38,7 +38,7 @@ def write(
     Args:
         swept: the artefact.
         instances: of those that were swept, at least one.
-        path: of the folder; absent, empty, or an export.
+        path: of the folder; absent, empty, or an export. Other files in it stay.
         formats: of `FORMATS`.
         fold: for safetensors, whether BatchNorm becomes a part of the convolution before it.
 
@@ -56,7 +56,8 @@ def write(
     if not rows:
         raise ValueError("no instances to export: name at least one")
     _check_formats(formats, fold)
-    with replacing(pathlib.Path(path), _is_export) as folder:
+    with folders.replacing(path, _own_files, "an export") as folder:
+        folder.mkdir()
         files: dict[str, dict[str, str]] = {row.name: {} for row in rows}
         for format_name in formats:
             for instance, names in _write_format(format_name, swept, instances, folder, fold).items():
@@ -118,11 +119,14 @@ def _write_manifest(folder, swept: Artefact, instances):
     return manifest
 
 
-def _is_export(folder: pathlib.Path) -> bool:
+def _own_files(folder: pathlib.Path) -> list[str] | None:
+    """List the files that an export wrote into a folder; None for a folder that is no export."""
     try:
-        return json.loads((folder / MANIFEST).read_bytes())["kind"] == KIND
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        listed = {MANIFEST_SUM, *manifest["files"]} if manifest["kind"] == KIND else None
     except (OSError, ValueError, LookupError, TypeError):
-        return False
+        return None
+    return listed and [*(name for name in folders.list_files(folder) if name in listed), MANIFEST]
 
 
 def _digest(content: bytes) -> str:

@@ -253,8 +253,11 @@ class _Unfinished:
         self.compile_seconds: dict[str, float] = {}
 
     def __enter__(self) -> "_Unfinished":
-        with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # Missing, damaged, or something else.
-            found = json.loads(self._path.read_bytes())
+        content = self._path.read_bytes() if self._path.exists() else b""
+        if content and not content.startswith(b'{"key": '):
+            raise ValueError(f"{self._path}: was not written by a profile, and is in the way of one; move it")
+        with contextlib.suppress(ValueError, TypeError, LookupError):  # Damaged.
+            found = json.loads(content)
             if found["key"] == self._key:
                 self.turns, self.compile_seconds = found["turns"], found["compile_seconds"]
         self._saved = time.monotonic()

@@ -7,13 +7,12 @@ the CRC-32 of every array, and of the record, after.
 """
 
 import concurrent.futures
-import glob
+import errno
 import itertools
 import json
 import os
 import pathlib
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,10 +22,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from sdpoint_jax.storage import files
+from sdpoint_jax.storage import files, folders
 
 CHECKPOINTS = "checkpoints"  # Of a run, in its workdir.
+WHAT = "a checkpoint"  # In messages.
 FILES = "files.json"  # Size and CRC-32 of every other file of a checkpoint.
+_RECORD = "record/metadata"  # Of the other files.
 _CHECKSUMS = "crc32"
 _CHUNK = 1 << 20
 
@@ -36,32 +37,47 @@ class CheckpointError(ValueError):
 
 
 def save(path: str | os.PathLike, arrays: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Writes a checkpoint at `path`, replacing what is there only once the new one is complete.
+    """Write a checkpoint at `path`, replacing a checkpoint that is there once the new one is complete.
 
     Args:
-        path: a folder.
+        path: a folder: absent, empty, or a checkpoint. Other files in it stay.
         arrays: nested dict, with string keys, of arrays.
         record: what JSON can hold.
 
     Raises:
+        ValueError: something else is at `path`.
         OSError: it could not be written; names `path`, where nothing has changed.
     """
-    path = pathlib.Path(path).absolute()
-    writing, replaced = _writing(path), _replaced(path)
     args = _save_args(arrays, record)
-    _remove_leftovers(path)
+    with folders.replacing(path, own_files, WHAT) as new:
+        try:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(new, args)
+            _seal(new)
+        except Exception as error:  # A full disk surfaces as any of several exception types of orbax and tensorstore.
+            raise OSError(errno.EIO, _cause(error)) from error
+
+
+def check_replaceable(path: str | os.PathLike) -> None:
+    """Raise ValueError if a checkpoint cannot be written to `path`, as something else is there."""
+    folders.check_replaceable(path, own_files, WHAT)
+
+
+def own_files(folder: pathlib.Path) -> list[str] | None:
+    """List the files of a checkpoint that were saved with it; None for a folder that is no checkpoint of ours."""
     try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(writing, args)
-        _seal(writing)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        writing.rename(path)
-    except Exception as error:  # A full disk surfaces as any of several exception types of orbax and tensorstore.
-        _remove_leftovers(path)
-        raise OSError(f"{path}: could not be saved: {_cause(error)}") from error
-    shutil.rmtree(replaced, ignore_errors=True)
+        listed = {name for name, (_, _) in json.loads((folder / FILES).read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    if _RECORD not in listed:  # Somebody else's files.json.
+        return None
+    # Only what is found below the folder: a list that was tampered with may name files elsewhere.
+    return [*(name for name in folders.list_files(folder) if name in listed - {FILES}), FILES]
+
+
+def remove(path: pathlib.Path) -> None:
+    """Remove a checkpoint; what is no checkpoint of ours is left alone, as are other files in its folder."""
+    folders.remove(path, own_files)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,9 +89,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: there is none, or it is damaged: a file is missing, truncated or altered.
     """
-    folder = pathlib.Path(path).absolute()
-    if not folder.exists() and _replaced(folder).exists():
-        folder = _replaced(folder)  # The process was killed between the two renames of `save`.
+    folder = folders.find(pathlib.Path(path).absolute())
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
     _verify_files(folder)
@@ -89,20 +103,6 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     content = _verify_record(folder, record)
     _verify_arrays(folder, arrays, record[_CHECKSUMS]["arrays"])
     return arrays, content
-
-
-def _writing(path):
-    return path.with_name(f"{path.name}.writing")
-
-
-def _replaced(path):
-    return path.with_name(f"{path.name}.replaced")
-
-
-def _remove_leftovers(path):
-    """Removes what a process that was killed while it saved at `path` has left; orbax adds endings to the name."""
-    for leftover in path.parent.glob(f"{glob.escape(_writing(path).name)}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _checkpointer():
@@ -124,7 +124,7 @@ def _cause(error):
     number = getattr(error, "errno", None) or re.search(r"os_error_code='([0-9]+)'", str(error))
     if number is None:
         return _first_line(error)
-    return os.strerror(number if isinstance(number, int) else int(number[1])).lower()
+    return os.strerror(number if isinstance(number, int) else int(number[1]))
 
 
 def _first_line(error):
@@ -250,12 +250,10 @@ class RunCheckpoints:
         self._directory = pathlib.Path(directory).absolute()
         self._keep, self._keep_best, self._score = keep, keep_best, score
         self._directory.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.writing*", "*.replaced", "*.deleting"):
-            for leftover in self._directory.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
+        folders.settle(self._directory, own_files)
         for step in list_steps(self._directory):
             if step > start_step:
-                _move_aside(self._directory / str(step))
+                move_aside(self._directory / str(step))
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def save(self, step: int, arrays: Mapping[str, Any], record: Mapping[str, Any], *, replace: bool = False) -> None:
@@ -278,9 +276,7 @@ class RunCheckpoints:
         save(self._directory / str(step), arrays, record)
         steps = list_steps(self._directory)
         for unwanted in set(steps[self._keep :]) - set(self._best(steps)):
-            path = self._directory / str(unwanted)
-            deleting = path.rename(path.with_name(f"{path.name}.deleting"))  # At no moment half a checkpoint.
-            shutil.rmtree(deleting, ignore_errors=True)
+            remove(self._directory / str(unwanted))
 
     def _best(self, steps):
         if not self._keep_best:
@@ -308,7 +304,8 @@ class RunCheckpoints:
                 self._thread.shutdown()
 
 
-def _move_aside(path):
+def move_aside(path: pathlib.Path) -> None:
+    """Rename a damaged checkpoint to N.damaged, or the next name with a number that is free."""
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
 
@@ -316,14 +313,14 @@ def _move_aside(path):
 def _read_record(path):
     """Reads the record of a checkpoint alone; an empty one if it is damaged."""
     try:
-        return _verify_record(path, json.loads((path / "record" / "metadata").read_bytes()))
+        return _verify_record(path, json.loads((path / _RECORD).read_bytes()))
     except (OSError, ValueError):
         return {}
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
     """Lists the steps that have a checkpoint, sound or not; the newest first."""
-    return sorted((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), reverse=True)
+    return sorted((int(name) for name in folders.list_names(directory) if name.isdecimal()), reverse=True)
 
 
 def newest(

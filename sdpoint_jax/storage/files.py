@@ -7,7 +7,7 @@ import secrets
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replaces the file at `path`, or creates it; text is UTF-8.
+    """Replace the file at `path`, or create it; text is UTF-8.
 
     Of several processes or threads that write the same file at once, one wins.
 
@@ -15,9 +15,9 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         OSError: it could not be written; names `path`, where nothing has changed.
     """
     path = pathlib.Path(path)
-    writing = path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
+    writing = temporary_name(path)
     try:
-        with writing.open("wb") as file:
+        with writing.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -26,3 +26,16 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             writing.unlink()
         raise OSError(f"{path}: could not be written: {error.strerror}") from error
+
+
+def temporary_name(path: pathlib.Path) -> pathlib.Path:
+    """Return a path beside `path` that no other program uses.
+
+    It is hidden, as readers of whole folders (pyarrow, pandas) pass over hidden files.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.sdpoint_jax")
+
+
+def temporary_pattern(name: str) -> str:
+    """Return the regular expression of temporary names of a path whose last part matches `name`."""
+    return rf"\.{name}\.[0-9a-f]{{16}}\.sdpoint_jax"

@@ -17,9 +17,17 @@ class FolderLock:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "FolderLock":
-        """Raises ValueError if another process holds the lock, OSError where the folder cannot be written to."""
+        """Take the lock.
+
+        Raises:
+            ValueError: another process holds it, or the file of its name is not a lock.
+            OSError: the folder cannot be written to.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._held.enter_context(self._path.open("a+"))
+        if not _is_lock(self._path):
+            self._held.close()
+            raise ValueError(f"{self._path}: was not written by this package, and is in the way of its lock; move it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -37,3 +45,9 @@ class FolderLock:
 
     def __exit__(self, *_):
         self._held.close()
+
+
+def _is_lock(path):
+    """Whether a file holds nothing but the number of a process."""
+    with path.open("rb") as file:
+        return file.read(32).isdigit() or path.stat().st_size == 0

@@ -18,6 +18,7 @@ from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.programs.evaluator import Metrics
 from sdpoint_jax.storage import checkpoint, files
+from sdpoint_jax.training.logs import METRICS
 from sdpoint_jax.training.plan import Plan
 from sdpoint_jax.training.step import TrainState
 
@@ -92,9 +93,13 @@ def check_best_metric(plan: Plan) -> None:
 
 
 def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises ValueError if `workdir` holds a run of a config that computes something else."""
+    """Raise ValueError if `workdir` holds a run that computes something else, or the log of another program."""
     path = workdir / CONFIG
     if not path.exists():
+        if (workdir / METRICS).exists():  # A run writes its config first.
+            raise ValueError(
+                f"{workdir / METRICS}: no {CONFIG} beside it says that a run wrote it; move it to train here"
+            )
         return
     try:
         there = json.loads(path.read_bytes())

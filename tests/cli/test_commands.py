@@ -60,7 +60,7 @@ def write_workdirs(folder):
     write(folder / "listed_json/config.json", "[1, 2]")
     write(folder / "binary_json/config.json", b"\xff\xfe\x00")
     write(folder / "other_json/config.json", json.dumps(to_dict(tiny.config(seed=7))))
-    write(folder / "bad_log/metrics.jsonl", '{"step": 0}\nnonsense\n')
+    write(folder / "other_log/metrics.jsonl", '{"step": 0}\nnonsense\n')
     write(folder / "bad_table/sweep/sweep.json", '{"instances": [')
     write(folder / "config.py", "def get_config():\n    return 1 / 0\n")
     write(folder / "no_get_config.py", "x = 1\n")
@@ -203,7 +203,7 @@ CASES = [
         r"checkpoints/3 holds a run of another config .*model.name: 'wrn10_1', 'resnet20_projection_norm'",
     ),
     (TRAIN, ["--workdir={}/hollow"], "none of the 1 checkpoints is sound"),
-    (TRAIN, ["--workdir={}/bad_log", "TINY"], "metrics.jsonl: line 2 is no row of a log"),
+    (TRAIN, ["--workdir={}/other_log", "TINY"], "metrics.jsonl: no config.json beside it says that a run wrote it"),
     (TRAIN, ["--replay_step=x"], "--replay-step.*x"),
     (TRAIN, ["--replay_step=5", "--workdir={}/empty"], "checkpoints/5: no such checkpoint; there are none"),
     (TRAIN, ["--replay_step=5", "--workdir={}/sound"], "checkpoints/5: no such checkpoint; there are 3"),
@@ -275,6 +275,11 @@ CASES = [
     (IMPORT, ["{}/weights.pth", "--model=resnet20"], "--output"),
     (IMPORT, ["{}/named.safetensors", "--model=resnet20", "--output={}/o", "--rename=fc"], "--rename=fc: give OLD:NEW"),
     (IMPORT, ["{}/named.safetensors", "--model=resnet20", "--output={}/o", "--rename=a:fc"], "no tensor has 'a'"),
+    (
+        IMPORT,
+        ["{}/named.safetensors", "--model=resnet20", "--output={}/sound"],
+        "sound: exists and is not a checkpoint",
+    ),
     (IMPORT, ["{}/named.safetensors", "--model=resnet20", "--output={}/o"], "has no vector fc.bias .*--rename=OLD:fc"),
     # (PREPARE, ["no_such_set", "--data-dir={}/data"], "unknown data set 'no_such_set'; valid: digits"),
     # (PREPARE, ["imagenet2012", "--data-dir={}/data"], "imagenet2012 needs --source"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import chex
 import commands
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -102,6 +103,25 @@ def test_a_damaged_part_of_an_interrupted_sweep_is_measured_again(experiment, pa
         sweep.sweep(experiment, params, instances, tmp_path, split="test")
     assert measured[2:] == [instances[1].name]
     assert f"measuring again: {tmp_path}/partial/{instances[1].name}: damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["sweep.csv", "sweep.png", "latency.png", "cascades.png", "sweep.json", "artefact/1.jpg", "lock"]
+)
+def test_files_that_no_sweep_wrote_are_refused_before_anything_is_measured(experiment, params, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("dear")
+    with pytest.raises(ValueError, match=f"^{tmp_path / name.split('/')[0]}"):
+        sweep.sweep(experiment, params, experiment.instances[:1], tmp_path, split="test")
+    assert (tmp_path / name).read_text() == "dear"
+    assert {path.name for path in tmp_path.iterdir()} <= {name.split("/")[0], "lock"}
+
+
+def test_a_folder_called_partial_with_files_of_others_stays(tmp_path):
+    checkpoint.save(tmp_path / "partial" / "full", {"a": np.zeros(1)}, {})
+    (tmp_path / "partial" / "notes").mkdir()
+    sweep._remove_partial(tmp_path / "partial")
+    assert [path.name for path in (tmp_path / "partial").iterdir()] == ["notes"]
 
 
 ROWS = [

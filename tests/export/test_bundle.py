@@ -108,7 +108,7 @@ def test_an_export_is_replaced_and_anything_else_is_not(whole, found, tmp_path):
     (tmp_path / "photos/manifest.json").write_text('{"kind": "photos", "files": {}}')
     (tmp_path / "file").write_text("dear")
     for other in ("photos", "file"):
-        with pytest.raises(ValueError, match=f"{other}: exists, and is not an export"):
+        with pytest.raises(ValueError, match=f"{other}: exists and is not an export"):
             bundle.write(found, [CHEAP], tmp_path / other)
     assert (tmp_path / "photos/1.jpg").read_text() == (tmp_path / "file").read_text() == "dear"
 
@@ -117,11 +117,12 @@ def test_an_export_that_fails_changes_nothing(found, tmp_path, monkeypatch):
     path = tmp_path / "exported"
     bundle.write(found, [CHEAP], path)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    (tmp_path / "exported.writing").mkdir()  # As a process leaves it that was killed.
-    (tmp_path / "exported.writing/params.npz").write_text("half")
+    leftover = tmp_path / ".exported.0123456789abcdef.sdpoint_jax"  # As a process leaves it that was killed.
+    (leftover / "new").mkdir(parents=True)
+    (leftover / "sdpoint_jax.lock").touch()
 
-    def fill_disk(*_):
-        assert (tmp_path / "exported.writing/full.stablehlo").exists()
+    def fill_disk(folder, *_):
+        assert (folder / "full.stablehlo").exists()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(bundle, "_write_manifest", fill_disk)
@@ -132,7 +133,9 @@ def test_an_export_that_fails_changes_nothing(found, tmp_path, monkeypatch):
 
 
 def test_a_kill_between_the_renames_loses_nothing(whole, found, tmp_path, monkeypatch):
-    shutil.copytree(whole, tmp_path / "exported.replaced")
+    leftover = tmp_path / ".exported.0123456789abcdef.sdpoint_jax"
+    shutil.copytree(whole, leftover / "old")
+    (leftover / "sdpoint_jax.lock").touch()
     monkeypatch.setattr(bundle, "_write_manifest", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bundle.write(found, [CHEAP], tmp_path / "exported")

@@ -176,6 +176,13 @@ def test_measurements_of_something_else_are_discarded(tmp_path, change):
     assert fake.calls == 4 * (8 + 4)
 
 
+def test_a_file_of_others_is_not_taken_for_measurements(tmp_path):
+    (tmp_path / "unfinished").write_text('{"notes": "dear"}')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/unfinished: was not written by a profile"):
+        FakeRuntime().profile(tmp_path / "unfinished")
+    assert (tmp_path / "unfinished").read_text() == '{"notes": "dear"}'
+
+
 def test_only_what_xla_compiles_has_seconds_of_compiling():
     unique = float(time.time_ns() % 10**9)  # So that no cache has it.
 

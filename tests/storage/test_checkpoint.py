@@ -104,8 +104,38 @@ def test_a_damaged_artefact_makes_no_predictor(swept, tmp_path):
         file.write_bytes(content)
 
 
-def test_a_kill_while_a_folder_is_replaced_loses_nothing(saved):
-    saved.rename(saved.with_name("one.replaced"))
+def leave(folder, name, kind):
+    """Leave the temporary folder of a process that was killed while it replaced or removed the folder `name`."""
+    temporary = folder / f".{name}.{'0123456789abcdef'}.sdpoint_jax"
+    temporary.mkdir()
+    (temporary / "sdpoint_jax.lock").touch()
+    return temporary / kind
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(saved):
+    saved.rename(leave(saved.parent, "one", "old"))
+    assert checkpoint.load(saved)[1] == RECORD
+    checkpoint.save(saved, ARRAYS, {"second": True})
+    assert checkpoint.load(saved)[1] == {"second": True}
+    assert [path.name for path in saved.parent.iterdir()] == ["one"]
+
+
+def test_the_list_of_somebody_elses_files_makes_no_checkpoint(tmp_path):
+    for content in ("{}", '{"a.jpg": [1, 2]}', "[]", "x"):
+        (tmp_path / "files.json").write_text(content)
+        with pytest.raises(ValueError, match=f"^{tmp_path}: exists and is not a checkpoint, so it is left as it is"):
+            checkpoint.save(tmp_path, ARRAYS, RECORD)
+        assert (tmp_path / "files.json").read_text() == content
+
+
+def test_a_list_that_was_tampered_with_removes_nothing_elsewhere(saved):
+    outside = saved.parent / "outside"
+    outside.write_text("precious")
+    (saved / "link").symlink_to(outside)
+    listed = json.loads((saved / "files.json").read_text())
+    (saved / "files.json").write_text(json.dumps(listed | {"../outside": [8, 0], str(outside): [8, 0], "link": [8, 0]}))
+    checkpoint.save(saved, ARRAYS, RECORD)
+    assert outside.read_text() == "precious"
     assert checkpoint.load(saved)[1] == RECORD
 
 
@@ -166,11 +196,26 @@ def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path):
 
 
 def test_leftovers_of_a_kill_are_cleared_when_the_run_goes_on(tmp_path):
-    write_run(tmp_path, (10,))
-    for name in ("20.writing", "20.writing.orbax-checkpoint-tmp", "5.deleting", "10.replaced"):
-        (tmp_path / name / "arrays").mkdir(parents=True)
+    write_run(tmp_path, (10, 5))
+    (tmp_path / "5").rename(leave(tmp_path, "5", "removed"))
+    (leave(tmp_path, "20", "new.orbax-checkpoint-tmp") / "arrays").mkdir(parents=True)
+    (tmp_path / "10").rename(leave(tmp_path, "10", "old"))
+    assert checkpoint.newest(tmp_path)[0] == 10
     checkpoint.RunCheckpoints(tmp_path, keep=1, start_step=10).close()
     assert [path.name for path in tmp_path.iterdir()] == ["10"]
+
+
+def test_only_checkpoints_of_a_run_are_removed(tmp_path):
+    write_run(tmp_path, (10, 20))
+    for name in ("notes.writing", "notes.replaced", "2.deleting", "2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "note").write_text("precious")
+    (tmp_path / "10" / "note").write_text("precious")
+    checkpoints = checkpoint.RunCheckpoints(tmp_path, keep=1, start_step=20)
+    checkpoints.save(30, ARRAYS, RECORD)
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.rglob("note")) == ["note"] * 5
+    assert [path.name for path in (tmp_path / "10").iterdir()] == ["note"] and not (tmp_path / "20").exists()
 
 
 def test_without_a_sound_checkpoint_nothing_is_touched(tmp_path):

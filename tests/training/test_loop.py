@@ -544,7 +544,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_sound(full_disk):
     with pytest.raises(OSError, match=f"^{workdir}/.*: could not be written: No space left on device"):
         training.train(tiny.config(), workdir)
     (workdir / "filling").unlink()
-    with pytest.raises(OSError, match=f"^{workdir}/checkpoints/40: could not be saved: no space left on device"):
+    with pytest.raises(OSError, match=f"^{workdir}/checkpoints/40: could not be written: No space left on device"):
         checkpoint.save(workdir / "checkpoints" / "40", {"params": {"x": np.random.RandomState(0).randn(2**21)}}, {})
     found, again, _ = checkpoint.newest(workdir / "checkpoints")
     assert found == step
@@ -587,13 +587,20 @@ def test_a_log_that_cannot_be_written_stops_the_run_unless_told_otherwise(tmp_pa
     assert checkpoint.newest(tmp_path / "checkpoints")[0] == 9
 
 
+def test_a_log_that_holds_something_else_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnonsense\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: line 2 is no row of a log"):
+        logs.RunLog(tmp_path, 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\nnonsense\n'
+
+
 def test_a_file_of_a_checkpoint_or_a_workdir_cannot_be_written_where_all_is_read_only(finished, full_disk):
     workdir = full_disk(8)
     shutil.copytree(finished[0], workdir / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(workdir)], check=True)
     with pytest.raises(OSError, match=f"Read-only file system: '{workdir}/run/lock'"):
         training.train(tiny.config(), workdir / "run")
-    with pytest.raises(OSError, match=f"^{workdir}/run/x: could not be saved: read-only file system"):
+    with pytest.raises(OSError, match=f"^{workdir}/run/x: could not be written: Read-only file system"):
         checkpoint.save(workdir / "run" / "x", {"a": np.zeros(1)}, {})
     assert checkpoint.newest(workdir / "run" / "checkpoints")[0] == TOTAL_STEPS
 
