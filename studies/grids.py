@@ -334,4 +334,36 @@ STUDY_E = Study(
     ),
 )
 
-STUDIES = {study.name: study for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E)}
+# The whole of CIFAR-10 and a recipe that is long enough to be compared with published figures.
+_WHOLE = {**CIFAR, "nesterov": True, "label_smoothing": 0.1, "warmup_epochs": 2.0, "checkpoint_every_steps": 390}
+# Multiply-accumulates of `plain`, `plain_24` and `plain_20` together, over those of the paper's draw; `plain` is 1.
+_SET_COST = 2.5
+
+STUDY_F = Study(
+    "F",
+    "How accurate is one net at each of its costs, against nets for one cost each, when all are trained out?",
+    _WHOLE,
+    epochs=40,
+    recipes=(
+        Recipe("plain", PLAIN),
+        Recipe("sdpoint", sweeps=_WITH_CASCADES),
+        _small_input(24),
+        _narrow(8),
+        _small_input(20),
+        _narrow(12),
+        Recipe("sdpoint_set", length=_SET_COST, sweeps=_WITH_CASCADES),
+    ),
+    curves=(
+        Curve("SDPoint: one net", ("sdpoint",)),
+        Curve("SDPoint: one net, compute of the three nets for smaller input", ("sdpoint_set",)),
+        Curve("plain: one net, downsampled at inference only", ("plain",)),
+        Curve("plain: a net for each cost, smaller input", ("plain", "plain_24", "plain_20"), "full"),
+        Curve("plain: a net for each cost, fewer channels", ("plain", "plain_w12", "plain_w8"), "full"),
+    ),
+    comparisons=(
+        Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),
+        Comparison("sdpoint_set", "sdpoint", "SDPoint, compute of three nets", "SDPoint, as long as one net"),
+    ),
+)
+
+STUDIES = {study.name: study for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F)}
