@@ -366,4 +366,33 @@ STUDY_F = Study(
     ),
 )
 
-STUDIES = {study.name: study for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F)}
+STUDY_G = Study(
+    "G",
+    "Which changes to the paper's draw close the gap to plain training, on the whole of CIFAR-10?",
+    _WHOLE,
+    epochs=12,
+    recipes=(
+        Recipe("plain", PLAIN),
+        Recipe("sdpoint", sweeps=_WITH_CASCADES),
+    ),
+    curves=(
+        Curve("SDPoint: the paper's draw", ("sdpoint",)),
+        Curve("plain: one net, downsampled at inference only", ("plain",)),
+    ),
+    comparisons=(Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),),
+)
+
+STUDY_H = dataclasses.replace(
+    STUDY_D,
+    name="H",
+    question="How many epochs of SDPoint training, on all the images that it saw, make a trained net adjustable?",
+    recipes=tuple(map(STUDY_D.recipe, ("taught_3", "paper_0", "taught_20", "paper_20", "taught_10", "taught_1"))),
+    curves=tuple(
+        curve
+        for curve in STUDY_D.curves
+        if set(curve.recipes) <= {"paper_0", "taught_1", "taught_3", "taught_10", "taught_20", "paper_20"}
+    ),
+    comparisons=tuple(each for each in STUDY_D.comparisons if each.recipe != "taught_20_own_norms"),
+)
+
+STUDIES = {study.name: study for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F, STUDY_G, STUDY_H)}
