@@ -74,6 +74,8 @@ def default_config() -> ConfigDict:
         0.0  # Share of the loss from soft targets: of full resolution, for the others; or of a teacher.
     )
     config.distillation_temperature = 1.0
+    config.distillation_targets = "full"  # Without a teacher: or mean, the mean logits of a step's instances, for all.
+    config.distillation_start = 0.0  # Share of the steps that the labels alone teach, before soft targets do.
     config.teacher = ""  # A checkpoint of a trained net, whose soft targets then are for all instances.
 
     config.num_epochs = 100.0
@@ -147,7 +149,7 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(f"config.dataset.image_size {tuple(size)}: a height and a width in pixels")
     if not all(value > 0 for value in flat["dataset.std"]):
         raise ValueError(f"config.dataset.std {tuple(flat['dataset.std'])}: must be positive")
-    for key in ("label_smoothing", "ema_decay"):
+    for key in ("label_smoothing", "ema_decay", "distillation_start"):
         if not 0 <= flat[key] < 1:
             raise ValueError(f"config.{key} {flat[key]}: at least 0, less than 1")
     if flat["validate_ema"] and not flat["ema_decay"]:
@@ -165,7 +167,14 @@ def _check_distillation(flat):
         raise ValueError(f"config.distillation {weight}: a share of the loss, at least 0, at most 1")
     if teacher and not weight:
         raise ValueError(f"config.teacher {teacher}: with config.distillation 0.0 it teaches nothing")
-    if weight and not teacher and (flat["instances_per_step"] == 1 or flat["step_instances"] == "drawn"):
+    mean = flat["distillation_targets"] == "mean"
+    if teacher and mean:
+        raise ValueError(
+            f"config.distillation_targets 'mean': with config.teacher {teacher}, its targets are used: full"
+        )
+    if weight and mean and flat["instances_per_step"] == 1:
+        raise ValueError("config.distillation_targets 'mean': needs config.instances_per_step of at least 2")
+    if weight and not (teacher or mean) and (flat["instances_per_step"] == 1 or flat["step_instances"] == "drawn"):
         raise ValueError(
             f"config.distillation {weight}: needs config.teacher, or full resolution in every step: "
             "config.instances_per_step of at least 2 and config.step_instances sandwich or full"
@@ -175,6 +184,7 @@ def _check_distillation(flat):
 _CHOICES = {
     "model.norm_parameters": ("shared", "per_instance"),
     "step_instances": ("sandwich", "full", "drawn"),
+    "distillation_targets": ("full", "mean"),
     "optimizer": ("sgd", "adamw", "lamb"),
     "weight_decay_on": ("all", "kernels"),
     "schedule": ("cosine", "step"),

@@ -16,6 +16,7 @@ SETTINGS = {
     "instances_per_step": 3,
     "distillation": 0.5,
     "distillation_temperature": 2.0,
+    "distillation_start": 0.25,
     "optimizer": "lamb",
     "epsilon": 1e-3,  # So much, and so low a rate, that rounding does not grow.
     "learning_rate": 1e-3,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,18 @@ class Distillation:
     Attributes:
         weight: share of the loss that comes from the teacher, in 0..1; the labels have the rest.
         temperature: by which the logits of both are divided first.
-        teacher: the net that teaches all instances; None where full resolution of the net that learns teaches the
-            others (Yu & Huang 2019, section 3.2).
+        teacher: the net that teaches all instances; None where the net that learns teaches itself.
+        targets: which logits teach without a teacher: those of full resolution the other instances (Yu & Huang 2019,
+            section 3.2), or the mean of the step's instances all of them (Wang et al. 2020, section 3.2, with equal
+            weights).
+        first_step: first training step that uses soft targets. Labels alone teach before it.
     """
 
     weight: float
     temperature: float = 1.0
     teacher: ResNet | None = None
+    targets: Literal["full", "mean"] = "full"
+    first_step: int = 0
 
 
 def forward_set(
@@ -65,6 +71,7 @@ def losses_of_set(
     teacher_logits: jax.Array | None = None,
     others: jax.Array | None = None,
     shares: jax.Array | None = None,
+    step: jax.Array | None = None,
     *,
     label_smoothing: float = 0.0,
     distillation: Distillation | None = None,
@@ -74,23 +81,30 @@ def losses_of_set(
     Args:
         logits: [B, K] by instance.
         labels: [B].
-        teacher_logits: [B, K] of the teacher; without one, full resolution is the teacher of the others.
+        teacher_logits: [B, K] of the teacher; None for `distillation.targets`.
         others: [B], labels of what the images are mixed with; None where they are not.
         shares: [B], of `labels` in the loss; the rest is that of `others`.
+        step: int32 scalar, the number of the training step; only needed with `distillation.first_step`.
         label_smoothing: see `cross_entropy`.
         distillation: None for labels alone.
     """
-    targets = logits.get(FULL_RESOLUTION) if teacher_logits is None else teacher_logits
+    targets, teaches_full = teacher_logits, True
+    if targets is None and distillation and distillation.targets == "mean":
+        targets = sum(logits.values()) / len(logits)
+    elif targets is None:
+        targets, teaches_full = logits.get(FULL_RESOLUTION), False
     losses = {}
     for instance, own in logits.items():
         loss = cross_entropy(own, labels, label_smoothing)
         if others is not None:
             loss = shares * loss + (1 - shares) * cross_entropy(own, others, label_smoothing)
         loss = loss.mean()
-        taught = distillation and (teacher_logits is not None or instance != FULL_RESOLUTION)
-        if taught:
+        if distillation and (teaches_full or instance != FULL_RESOLUTION):
+            weight = distillation.weight
+            if distillation.first_step:
+                weight = jnp.where(step >= distillation.first_step, weight, 0.0)
             soft = distillation_loss(own, jax.lax.stop_gradient(targets), distillation.temperature).mean()
-            loss = (1 - distillation.weight) * loss + distillation.weight * soft
+            loss = (1 - weight) * loss + weight * soft
         losses[instance] = loss
     return losses
 

@@ -140,7 +140,13 @@ class Plan:
         config = self.config
         if not config.distillation:
             return None
-        return Distillation(config.distillation, config.distillation_temperature, self.teacher and self.teacher.model)
+        return Distillation(
+            config.distillation,
+            config.distillation_temperature,
+            self.teacher and self.teacher.model,
+            config.distillation_targets,
+            first_step=round(config.distillation_start * self.total_steps),
+        )
 
     def draw(self, step: int) -> tuple[SDPointInstance, ...]:
         """Draws the instances of a step."""

@@ -162,7 +162,14 @@ def gradient_step(
         logits = forward_set(model, params, x, instances)
         taught = None if teacher is None else distillation.teacher.apply(teacher, x, train=False)
         losses = losses_of_set(
-            logits, labels, taught, others, shares, label_smoothing=label_smoothing, distillation=distillation
+            logits,
+            labels,
+            taught,
+            others,
+            shares,
+            control.step[0] if distillation and distillation.first_step else None,
+            label_smoothing=label_smoothing,
+            distillation=distillation,
         )
         accuracies = {instance: (own.argmax(-1) == labels).mean() for instance, own in logits.items()}
         metrics = {"accuracy": _mean(accuracies)}

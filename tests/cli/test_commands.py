@@ -138,6 +138,17 @@ CASES = [
         ["--config.distillation=0.5"],
         "config.distillation 0.5: needs config.teacher, or full resolution in every",
     ),
+    (
+        TRAIN,
+        ["--config.distillation=0.5", "--config.distillation_targets=mean"],
+        "config.distillation_targets 'mean': needs config.instances_per_step of at least 2",
+    ),
+    (
+        TRAIN,
+        ["--config.distillation=0.5", "--config.distillation_targets=mean", "--config.teacher={}/sound"],
+        "config.distillation_targets 'mean': with config.teacher .*sound, its targets are used",
+    ),
+    (TRAIN, ["--config.distillation_start=1"], "config.distillation_start 1.0: at least 0, less than 1"),
     (TRAIN, ["--config.distillation=1.5"], "config.distillation 1.5: a share of the loss"),
     (TRAIN, ["--config.distillation_temperature=0"], "config.distillation_temperature 0.0: must be positive"),
     (TRAIN, ["--config.teacher={}/sound"], "config.teacher .*sound: with config.distillation 0.0 it teaches nothing"),

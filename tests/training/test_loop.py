@@ -36,6 +36,7 @@ from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.training import logs, plan, replay
 from sdpoint_jax.training import loop as training
+from sdpoint_jax.training.objective import Distillation
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOTAL_STEPS = 30  # round(1197 / 40)
@@ -311,6 +312,12 @@ def test_one_device_trains_with_every_setting_as_eight_do(teacher, finished_with
     ours, theirs = (checkpoint.newest(path / "checkpoints")[1] for path in (tmp_path, finished_with_everything[0]))
     for kind in ("params", "ema"):
         chex.assert_trees_all_close(ours[kind], theirs[kind], atol=1e-4, rtol=0)
+
+
+def test_distillation_begins_after_its_share_of_the_steps():
+    settings = dict(instances_per_step=2, step_instances="drawn", distillation=0.5, distillation_targets="mean")
+    found = plan.Plan(tiny.config(**settings, distillation_start=0.4))
+    assert found._distillation() == Distillation(0.5, targets="mean", first_step=round(0.4 * found.total_steps))
 
 
 def test_draws_by_cost_go_from_cheap_to_full():

@@ -21,7 +21,7 @@ from sdpoint_jax.models.norm_parameters import params_for, with_own_norms
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs import devices
 from sdpoint_jax.training import step as steps
-from sdpoint_jax.training.objective import Distillation, distillation_loss, forward_set
+from sdpoint_jax.training.objective import Distillation, distillation_loss, forward_set, losses_of_set
 from sdpoint_jax.training.optimizer import SGD
 
 NETS = {
@@ -222,6 +222,32 @@ def test_soft_targets_of_full_resolution_get_no_gradient():
     soft = jax.jit(jax.grad(divergence))(params)
     expected = jax.tree.map(lambda a, b: (a + b) / 2, full, soft)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), both, expected)
+
+
+def test_the_mean_of_the_instances_teaches_them_all_from_its_first_step_on():
+    rng = np.random.RandomState(0)
+    logits = {SDPointInstance(point, 0.5): jnp.float32(rng.standard_normal((4, 3))) for point in (2, 3)}
+    labels = jnp.int32([0, 2, 1, 1])
+    distillation = Distillation(0.8, 2.0, targets="mean", first_step=5)
+    for step, weight in {4: 0.0, 5: 0.8}.items():
+        losses = losses_of_set(logits, labels, step=jnp.int32(step), distillation=distillation)
+        for instance, own in logits.items():
+            hard = -jnp.take_along_axis(jax.nn.log_softmax(own), labels[:, None], 1).mean()
+            soft = distillation_loss(own, sum(logits.values()) / 2, 2.0).mean()
+            np.testing.assert_allclose(losses[instance], (1 - weight) * hard + weight * soft, rtol=1e-5)
+
+
+def test_a_gradient_step_counts_the_steps_until_distillation_begins():
+    model, instances = net("PreResNet"), (FULL_RESOLUTION, SDPointInstance(3, 0.5))
+    params = tiny_variables(model, 8)["params"]
+    batch = {"images": np.random.RandomState(0).standard_normal((1, 8, 8, 8, 1)), "labels": np.zeros((1, 8), np.int32)}
+    settings = dict(model=model, instances=instances, preprocess=jnp.float32)
+    step = functools.partial(steps.gradient_step, distillation=Distillation(1.0, first_step=2), **settings)
+    mapped = jax.vmap(step, (None, None, 0), (None, None), axis_name=devices.AXIS, axis_size=1)
+    losses = jax.jit(lambda number: mapped(params, steps.Control(*[number[None]] * 3), batch)[1]["instances"])
+    before, after = (losses(np.int32(number)) for number in (1, 2))
+    assert before["full"]["loss"] == after["full"]["loss"]
+    assert before["p03_r0.50"]["loss"] > 1 > after["p03_r0.50"]["loss"]
 
 
 def test_a_net_that_agrees_with_its_teacher_has_no_loss_from_it():
