@@ -17,6 +17,7 @@ from common.workload import OPTIMIZER, Setting, preprocess, random_batch
 
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.shared_trace import reestimating
 from sdpoint_jax.profiling.macs import count_macs, count_suffix_macs
 from sdpoint_jax.programs.devices import compiler_options
 from sdpoint_jax.programs.evaluator import Evaluator
@@ -33,7 +34,7 @@ class OneByOne:
     """Every instance as a whole program of its own: one for a batch's moments, one for its metrics."""
 
     def __init__(self, model, instances, batch):
-        self._model, self._instances = model.clone(norm_momentum=0.0), instances
+        self._model, self._instances = model, instances
         self._batch = jax.eval_shape(lambda: batch)
         self._programs = {}
 
@@ -53,9 +54,10 @@ class OneByOne:
         return statistics, losses
 
     def _moments(self, instance, params, images):
-        _, updated = self._model.apply(
-            {"params": params}, preprocess(images), instance=instance, train=True, mutable=["batch_stats"]
-        )
+        with reestimating():
+            _, updated = self._model.apply(
+                {"params": params}, preprocess(images), instance=instance, train=True, mutable=["batch_stats"]
+            )
         return updated["batch_stats"]
 
     def _metrics(self, instance, params, statistics, batch):

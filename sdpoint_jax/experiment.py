@@ -14,13 +14,13 @@ from sdpoint_jax.config import check_config
 from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
 from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.models.functional import normalize
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import instances_with_own_norms, with_own_norms
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import ResNet
 
 
 def parse_instances(
-    model: ResNet, names: str, points: Iterable[int] = (), ratios: Iterable[float] = ()
+    model: SDPointNet, names: str, points: Iterable[int] = (), ratios: Iterable[float] = ()
 ) -> tuple[SDPointInstance, ...]:
     """Finds instances of `model` by their comma-separated `names`, or `all` at these points and ratios.
 
@@ -144,7 +144,7 @@ class Experiment:
 
 
 def check_variables(
-    model: ResNet, name: str, experiment: Experiment, given: Any, source: str, *, kind: str = "params"
+    model: SDPointNet, name: str, experiment: Experiment, given: Any, source: str, *, kind: str = "params"
 ) -> None:
     """Raises ValueError unless variables are those of a net for the images and classes of an experiment.
 

@@ -26,7 +26,7 @@ from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models import cascade as arithmetic
 from sdpoint_jax.models.cascade import Calibrated, Cascade, CascadeRow, Measured
-from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.profiling.macs import count_macs, count_suffix_macs
 from sdpoint_jax.storage import artefact, files
 from sdpoint_jax.storage.artefact import Artefact, InstanceRow
@@ -191,7 +191,7 @@ def choose_cascades(
 
 
 def stage_costs(
-    model: ResNet, stages: Sequence[SDPointInstance], image_size: tuple[int, int], channels: int = 3
+    model: SDPointNet, stages: Sequence[SDPointInstance], image_size: tuple[int, int], channels: int = 3
 ) -> tuple[int, ...]:
     """Counts the MACs of each stage for an image that reaches it: what the stages share is in the first one alone."""
     later = (
@@ -205,7 +205,7 @@ _macs = functools.cache(count_macs)
 _suffix_macs = functools.cache(count_suffix_macs)
 
 
-def share_statistics(model: ResNet, batch_stats: Mapping[SDPointInstance, PyTree]) -> dict[SDPointInstance, PyTree]:
+def share_statistics(model: SDPointNet, batch_stats: Mapping[SDPointInstance, PyTree]) -> dict[SDPointInstance, PyTree]:
     """Gives all instances the same statistics before their points: those of the deepest one.
 
     They are equal up to rounding, as the groups of a sweep re-estimate from the same images; but not bit for bit, where

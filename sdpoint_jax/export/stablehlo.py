@@ -18,6 +18,7 @@ from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.norm_parameters import own_params, params_for
 from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.target import ANY, Target, programs_for
 from sdpoint_jax.programs.devices import shapes_of
 from sdpoint_jax.programs.inference import classify
 from sdpoint_jax.storage.artefact import Artefact
@@ -68,7 +69,7 @@ def export_program(
     Returns:
         (parameters, statistics, images [B, H, W, C]) -> logits [B, K], for any B; see above.
     """
-    model = create_model(swept.model, swept.num_classes, dtype=swept.dtype, portable=True)
+    model = create_model(swept.model, swept.num_classes, dtype=swept.dtype)
     preprocess = functools.partial(normalize, mean=swept.mean, std=swept.std)
 
     def program(params, batch_stats, images):
@@ -78,7 +79,7 @@ def export_program(
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *swept.image_shape), np.uint8)
     variables = (shapes_of(_flat(tree)) for tree in (params_for(swept.params, instance), swept.batch_stats[instance]))
-    with _no_source_locations():
+    with _no_source_locations(), programs_for(Target(ANY)):
         return jax.export.export(jax.jit(program), platforms=platforms)(*variables, images)
 
 

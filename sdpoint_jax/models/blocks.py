@@ -17,12 +17,10 @@ Layer = Callable[..., nn.Module]  # Makes a convolution or a normalisation; see 
 
 
 @functools.cache
-def layers(dtype: Any, axis_name: str | None, norm_momentum: float, portable: bool = False) -> tuple[Layer, Layer]:
-    """Returns what makes the convolutions and the normalisations of a net; the same objects for the same arguments."""
-    norm = functools.partial(
-        nn.BatchNorm, momentum=norm_momentum, epsilon=NORM_EPSILON, dtype=dtype, axis_name=axis_name
-    )
-    return functools.partial(convolution, dtype=dtype, portable=portable), norm
+def layers(dtype: Any, axis_name: str | None) -> tuple[Layer, Layer]:
+    """Return constructors of the convolutions and normalisations; the same objects for the same arguments."""
+    norm = functools.partial(nn.BatchNorm, epsilon=NORM_EPSILON, dtype=dtype, axis_name=axis_name)
+    return functools.partial(convolution, dtype=dtype), norm
 
 
 class PostActivationBlock(nn.Module):

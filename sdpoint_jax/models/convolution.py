@@ -47,15 +47,11 @@ def _is_pointwise(kernel, *, feature_group_count, **_):
     return kernel.shape[:2] == (1, 1) and feature_group_count == 1
 
 
-def _formulation(portable):
-    if portable:
-        return _pointwise_per_platform
-    return _pointwise_as_dot if target.platform() == "cpu" else None
+def _formulation():
+    return {"cpu": _pointwise_as_dot, target.ANY: _pointwise_per_platform}.get(target.platform())
 
 
-def convolution(
-    features: int, kernel: int, stride: int = 1, groups: int = 1, portable: bool = False, **kwargs: Any
-) -> nn.Conv:
+def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
     """Makes a square convolution without bias, zero-padded by kernel // 2 on every side as in PyTorch.
 
     Args:
@@ -63,7 +59,6 @@ def convolution(
         kernel: side of the kernel, odd.
         stride: in both directions.
         groups: of the channels, as in ResNeXt.
-        portable: choose the formulation for each platform that a program is lowered for, not for the backend at hand.
         **kwargs: of `nn.Conv`.
     """
     return nn.Conv(
@@ -74,6 +69,6 @@ def convolution(
         feature_group_count=groups,
         use_bias=False,
         kernel_init=he_fan_out_normal,
-        conv_general_dilated=_formulation(portable),
+        conv_general_dilated=_formulation(),
         **kwargs,
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.models.net import SDPointNet
 
 PyTree = Any
 PER_INSTANCE = "per_instance"  # Their place among the parameters.
@@ -31,7 +31,9 @@ def own_params(params: Mapping[str, Any], instance: SDPointInstance) -> Mapping[
     return params.get(PER_INSTANCE, {}).get(instance.name, {})
 
 
-def with_own_norms(model: ResNet, params: Mapping[str, Any], instances: Iterable[SDPointInstance]) -> dict[str, Any]:
+def with_own_norms(
+    model: SDPointNet, params: Mapping[str, Any], instances: Iterable[SDPointInstance]
+) -> dict[str, Any]:
     """Returns parameters in which just these instances have scales and shifts of their own.
 
     Args:

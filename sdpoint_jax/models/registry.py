@@ -120,4 +120,6 @@ def create_model(name: str, num_classes: int, *, dtype: Any = jnp.float32, **kwa
         raise ValueError(f"num_classes {num_classes}: at least 1")
     if str(dtype) not in _DTYPES and dtype not in _DTYPES.values():
         raise ValueError(f"dtype {dtype!r}: valid are {', '.join(_DTYPES)}")
-    return ResNet(architecture(name), num_classes, dtype=_DTYPES.get(str(dtype), dtype), **kwargs)
+    return ResNet(
+        architecture=architecture(name), num_classes=num_classes, dtype=_DTYPES.get(str(dtype), dtype), **kwargs
+    )

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 
+ANY = "any"  # A platform: programs that are lowered for several at once choose as they are lowered.
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}  # What a device calls its platform, as the name of the backend.
 
 
@@ -16,7 +17,7 @@ class Target:
     """Devices that programs are made for and do not run on, as a rule because they are not here.
 
     Attributes:
-        platform: cpu, gpu (that of NVIDIA) or tpu.
+        platform: cpu, gpu (NVIDIA's), tpu, or `ANY`.
         devices: of that platform, as `jax.experimental.topologies` describes them: programs are compiled for them all.
             With none, programs are exported: traced and lowered for one device of the platform, not compiled.
     """
@@ -40,7 +41,7 @@ def current() -> Target | None:
 
 
 def platform() -> str:
-    """Names the platform that this thread makes programs for: cpu, gpu or tpu."""
+    """Return the platform that this thread builds programs for: cpu, gpu, tpu, or `ANY` in an export."""
     target = current()
     return target.platform if target else jax.default_backend()
 

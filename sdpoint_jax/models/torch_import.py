@@ -19,8 +19,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sdpoint_jax.models.blocks import Head
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import ResNet
 
 _PICKLED = (".pth.tar", ".pth", ".pt", ".th", ".bin")
 _SAFE = ".safetensors"
@@ -41,7 +41,7 @@ class _Tensor(NamedTuple):
 
 
 def import_torch_state_dict(
-    state_dict: Mapping[str, Any], model: ResNet, *, channels: int = 3, reset_head: bool = False, seed: int = 0
+    state_dict: Mapping[str, Any], model: SDPointNet, *, channels: int = 3, reset_head: bool = False, seed: int = 0
 ) -> dict[str, Any]:
     """Makes the variables of `model` with the weights and statistics of a PyTorch state dict.
 
@@ -111,7 +111,7 @@ def _some(names, count=6):
     return f"{listed}, ..." if len(names) > count else listed
 
 
-def torch_tensors(model: ResNet, channels: int = 3) -> dict[str, _Tensor]:
+def torch_tensors(model: SDPointNet, channels: int = 3) -> dict[str, _Tensor]:
     """Lists every variable of `model` by PyTorch's name, with its shape there and its path in our variables."""
     side = model.architecture.min_image_size
     images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)

@@ -17,8 +17,8 @@ import numpy as np
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.pool import downsampled_size
-from sdpoint_jax.models.resnet import ResNet
 
 Shape = tuple[int, int, int]
 
@@ -103,13 +103,15 @@ class Cost:
         return self.activations * jnp.dtype(dtype).itemsize
 
 
-def count_macs(model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3) -> int:
+def count_macs(
+    model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
+) -> int:
     """Counts the multiply-accumulates of `model` under `instance` for one image; see `count_cost`."""
     return count_cost(model, instance, image_size, channels).macs
 
 
 def count_suffix_macs(
-    model: ResNet, instance: SDPointInstance, start: int, image_size: int | tuple[int, int], channels: int = 3
+    model: SDPointNet, instance: SDPointInstance, start: int, image_size: int | tuple[int, int], channels: int = 3
 ) -> int:
     """Counts the multiply-accumulates of the layers after point `start` alone, for one image; see `count_cost`."""
     modules = model.suffix_modules(start)
@@ -118,7 +120,7 @@ def count_suffix_macs(
 
 
 def count_set_macs(
-    model: ResNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
+    model: SDPointNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
 ) -> int:
     """Counts the multiply-accumulates of several instances that share every layer before a point, for one image.
 
@@ -133,7 +135,9 @@ def count_set_macs(
     )
 
 
-def count_cost(model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3) -> Cost:
+def count_cost(
+    model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
+) -> Cost:
     """Counts what `model` under `instance` costs for one image.
 
     Args, Raises: see `list_layers`.
@@ -148,7 +152,7 @@ def total_cost(layers: Sequence[LayerCost]) -> Cost:
 
 
 def list_layers(
-    model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
+    model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
 ) -> tuple[LayerCost, ...]:
     """Lists the layers of `model` that hold parameters, from the input to the output, as `instance` runs them.
 
@@ -171,7 +175,7 @@ def _layer_cost(operation: Operation) -> LayerCost:
 
 
 def list_operations(
-    model: ResNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
+    model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
 ) -> tuple[Operation, ...]:
     """Lists the operations of `model` from the input to the output, as `instance` runs them.
 
@@ -251,7 +255,7 @@ def _convolution(name: str, spec: ConvolutionSpec, x: Shape) -> Operation:
 
 
 def format_instances(
-    model: ResNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
+    model: SDPointNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
 ) -> str:
     """Formats the costs of `instances` as a table; `relative` is to the MACs at full resolution."""
     full = count_macs(model, FULL_RESOLUTION, image_size, channels)

@@ -44,8 +44,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.pool import pools_at_once
-from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.macs import Operation, count_macs, list_operations
 
 _WEIGHT_BYTES = 4
@@ -138,7 +138,7 @@ class Pass(NamedTuple):
 
 
 def list_passes(
-    model: ResNet,
+    model: SDPointNet,
     instance: SDPointInstance,
     image_size: int | tuple[int, int],
     batch_size: int,
@@ -249,7 +249,7 @@ def _round_up(size, multiple):
 
 
 def count_bytes(
-    model: ResNet,
+    model: SDPointNet,
     instance: SDPointInstance,
     image_size: int | tuple[int, int],
     batch_size: int,
@@ -266,7 +266,7 @@ def count_bytes(
 
 
 def estimate_seconds(
-    model: ResNet,
+    model: SDPointNet,
     instance: SDPointInstance,
     image_size: int | tuple[int, int],
     batch_size: int,
@@ -292,7 +292,7 @@ def estimate_seconds(
 
 
 def format_estimates(
-    model: ResNet,
+    model: SDPointNet,
     instances: Sequence[SDPointInstance],
     image_size: int | tuple[int, int],
     batch_size: int,

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import params_for
-from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import Switch, on_device, shapes_of
 
 PyTree = Any
@@ -59,7 +59,7 @@ def run_stage(
     batch_stats: PyTree,
     x: Any,
     *,
-    model: ResNet,
+    model: SDPointNet,
     preprocess: Callable[[jax.Array], jax.Array],
     start: int | None,
     instance: SDPointInstance,
@@ -80,9 +80,9 @@ def run_stage(
     return (logits, x) if keeps else logits
 
 
-def gather(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns these rows, int32 [b], of `x` [B, ...]."""
-    return jnp.take(x, rows, axis=0, mode="clip")
+def gather(x: PyTree, rows: jax.Array) -> PyTree:
+    """Return these rows, int32 [b], of a state of arrays [B, ...]."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0, mode="clip"), x)
 
 
 class CascadePrograms:
@@ -96,7 +96,7 @@ class CascadePrograms:
 
     def __init__(
         self,
-        model: ResNet,
+        model: SDPointNet,
         *,
         image_shape: tuple[int, int, int],
         preprocess: Callable[[jax.Array], jax.Array],
@@ -192,17 +192,17 @@ class CascadePrograms:
 
     def _run_stage(self, stages, starts, params, batch_stats, stage, x):
         """Returns a stage's logits and the activation for the next one, None after the last."""
-        key = self._stage_key(stages, starts, stage, len(x))
+        key = self._stage_key(stages, starts, stage, _batch_size(x))
         output = self._programs[key](params_for(params, key.instance), batch_stats[key.instance], x)
         return output if key.keeps else (output, None)
 
     def _regroup(self, point, x, rows, size):
         """Gathers rows of an activation into a smaller batch, if it is smaller; returns it, and their rows in it."""
-        if size >= len(x):
+        if size >= _batch_size(x):
             return x, rows
         padded = np.zeros(size, np.int32)
         padded[: len(rows)] = rows
-        return self._programs[GatherKey(point, len(x), size)](x, padded), np.arange(len(rows))
+        return self._programs[GatherKey(point, _batch_size(x), size)](x, padded), np.arange(len(rows))
 
     def __contains__(self, key: Key) -> bool:
         """Tells whether the program of `key` is compiled."""
@@ -241,8 +241,8 @@ class CascadePrograms:
     def _input(self, point, batch_size):
         if point is None:
             return jax.ShapeDtypeStruct((batch_size, *self._image_shape), np.uint8)
-        one = self._activation(point)
-        return jax.ShapeDtypeStruct((batch_size, *one.shape[1:]), one.dtype)
+        of_one = self._activation(point)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch_size, *leaf.shape[1:]), leaf.dtype), of_one)
 
     def _build(self, key):
         if isinstance(key, GatherKey):
@@ -258,6 +258,10 @@ class CascadePrograms:
             return self._input(key.point, key.start_size), jax.ShapeDtypeStruct((key.end_size,), np.int32)
         variables = shapes_of((self._variables["params"], self._variables.get("batch_stats", {})))
         return *variables, self._input(key.start, key.batch_size)
+
+
+def _batch_size(x):
+    return len(jax.tree.leaves(x)[0])
 
 
 def _ascending(batch_sizes: Iterable[int]) -> list[int]:

@@ -18,8 +18,9 @@ from flax import traverse_util
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import params_for
-from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.models.shared_trace import reestimating
 from sdpoint_jax.programs.devices import (
     AXIS,
     REPLICATED,
@@ -63,7 +64,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: ResNet,
+        model: SDPointNet,
         instances: Sequence[SDPointInstance],
         *,
         image_shape: tuple[int, int, int],
@@ -86,7 +87,7 @@ class Evaluator:
             raise ValueError("no instances to evaluate")
         for instance in instances:
             model.check_instance(instance)
-        self._model = model.clone(norm_momentum=0.0)  # A batch leaves its own statistics, nothing of the ones before.
+        self._model = model
         self._preprocess = preprocess
         self._suffixes = collections.defaultdict(list)  # The instances whose suffix starts at a point.
         for instance in dict.fromkeys(instances):
@@ -95,6 +96,13 @@ class Evaluator:
         self._points = (STEM, *range(1, max(self._suffixes) + 1))
         self._parts = [*self._points, *self._instances]
         self._infer_shapes((batch_size, *image_shape))
+        # Re-estimation walks to the last point that something with statistics follows or precedes.
+        with_statistics = [part for part in self._parts if self._statistics_shapes[part]]
+        ends = (
+            model.last_shared_point(part) if isinstance(part, SDPointInstance) else part for part in with_statistics
+        )
+        last = max(ends, default=None)
+        self._points_reestimated = tuple(point for point in self._points if last is not None and point <= last)
         self._programs: Switch[tuple[str, Part]] = Switch(self._build, self._shapes)
 
     def compile(self, workers: int = 0) -> Iterator[tuple[str, float]]:
@@ -122,12 +130,17 @@ class Evaluator:
 
     def _keys(self):
         """Lists the programs that `reestimate` and `evaluate` use; a part without BatchNorm has one alone."""
-        reestimated = [part for part in self._parts if self._is_reestimated(part)]
-        return [*((_REESTIMATE, part) for part in reestimated), *((_EVALUATE, part) for part in self._parts)]
+        suffixes = filter(self._has_statistics, self._instances)
+        reestimated = [(_REESTIMATE, part) for part in (*self._points_reestimated, *suffixes)]
+        return [*reestimated, *((_EVALUATE, part) for part in self._parts)]
 
-    def _is_reestimated(self, part):
-        """Tells whether re-estimating runs a part: the head of a post-activation net has nothing to re-estimate."""
-        return not isinstance(part, SDPointInstance) or bool(self._statistics_shapes[part])
+    def _has_statistics(self, part):
+        return bool(self._statistics_shapes[part])  # The head of a post-activation ResNet has none.
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there is anything to re-estimate: a network without BatchNorm has no statistics."""
+        return bool(self._points_reestimated)
 
     def reestimate(self, params: PyTree, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[SDPointInstance, PyTree]:
         """Computes the BatchNorm statistics of each instance: exact moments pooled over all images of `batches`.
@@ -140,11 +153,13 @@ class Evaluator:
             batches: host batches with `images` [b, H, W, C] uint8, all of the same size.
 
         Returns:
-            `batch_stats` on the host, by instance.
+            `batch_stats` on the host, by instance; empty ones where the network has no BatchNorm, which reads no batch.
 
         Raises:
             ValueError: no batches.
         """
+        if not self.has_statistics:
+            return {instance: {} for instance in self._instances}
         params = self._place_params(params)
         moments = {part: replicate(jax.tree.map(_zeros, self._statistics_shapes[part])) for part in self._parts}
         count = 0
@@ -152,9 +167,9 @@ class Evaluator:
             count += 1
             share = np.float32(1 / count)
             x, done = batch["images"], list(moments.values())
-            for point in self._points:
+            for point in self._points_reestimated:
                 moments[point], x = self._programs[_REESTIMATE, point](params[point], moments[point], share, x)
-                for instance in filter(self._is_reestimated, self._suffixes.get(point, ())):
+                for instance in filter(self._has_statistics, self._suffixes.get(point, ())):
                     moments[instance] = self._programs[_REESTIMATE, instance](
                         params[instance], moments[instance], share, x
                     )
@@ -302,16 +317,15 @@ class Evaluator:
         )
         self._params_shapes, activations, self._statistics_shapes = shapes_of(variables["params"]), {}, {}
         for part in self._parts:
-            self._statistics_shapes[part] = self._of(part, variables["batch_stats"])
+            self._statistics_shapes[part] = self._of(part, variables.get("batch_stats", {}))
         x = images
         for point in self._points:
             activations[point] = x
             forward = functools.partial(_forward, train=False, **self._net(point))
             x, _ = jax.eval_shape(forward, self._of(point, variables["params"]), self._statistics_shapes[point], x)
             activations |= dict.fromkeys(self._suffixes.get(point, ()), x)
-        self._input_shapes = {
-            part: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype) for part, x in activations.items()
-        }
+        on_all = lambda leaf: jax.ShapeDtypeStruct((devices, *leaf.shape), leaf.dtype)  # noqa: E731
+        self._input_shapes = {part: jax.tree.map(on_all, x) for part, x in activations.items()}
 
     def _shapes(self, key):
         does, part = key
@@ -321,7 +335,8 @@ class Evaluator:
             return params, statistics, jax.ShapeDtypeStruct((), np.float32), x
         if does == _CLASSIFY or not isinstance(part, SDPointInstance):
             return params, statistics, x
-        labels, mask = (jax.ShapeDtypeStruct(x.shape[:2], dtype) for dtype in (np.int32, np.float32))
+        images = jax.tree.leaves(x)[0].shape[:2]
+        labels, mask = (jax.ShapeDtypeStruct(images, dtype) for dtype in (np.int32, np.float32))
         return params, statistics, shapes_of(_zero_sums()), x, labels, mask
 
     def _build(self, key):
@@ -351,10 +366,10 @@ def _forward(params, statistics, x, *, model, preprocess, part, train):
         method, x = functools.partial(net.prefix, point=STEM), preprocess(x)
     else:
         method = functools.partial(net.between, start=part - 1 or STEM, end=part)
-    variables = {"params": params, "batch_stats": statistics}
-    if train:
-        del variables["batch_stats"]
-    output, updated = model.apply(variables, x, method=method, train=train, mutable=["batch_stats"] if train else [])
+    if not train:
+        return model.apply({"params": params, "batch_stats": statistics}, x, method=method, train=False), {}
+    with reestimating():
+        output, updated = model.apply({"params": params}, x, method=method, train=True, mutable=["batch_stats"])
     return output, updated.get("batch_stats", {})
 
 

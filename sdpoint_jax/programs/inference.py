@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.programs.devices import Switch, on_device, shapes_of
 
 PyTree = Any
@@ -21,7 +21,7 @@ def classify(
     batch_stats: PyTree,
     images: jax.Array,
     *,
-    model: ResNet,
+    model: SDPointNet,
     instance: SDPointInstance,
     preprocess: Callable[[jax.Array], jax.Array],
 ) -> Any:
@@ -38,7 +38,7 @@ class InferencePrograms:
 
     def __init__(
         self,
-        model: ResNet,
+        model: SDPointNet,
         *,
         image_shape: tuple[int, int, int],
         preprocess: Callable[[jax.Array], jax.Array],

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import params_for
-from sdpoint_jax.models.resnet import ResNet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,17 @@ class Distillation:
 
     weight: float
     temperature: float = 1.0
-    teacher: ResNet | None = None
+    teacher: SDPointNet | None = None
     targets: Literal["full", "mean"] = "full"
     first_step: int = 0
 
 
 def forward_set(
-    model: ResNet, params: Mapping, x: jax.Array, instances: Sequence[SDPointInstance]
+    model: SDPointNet,
+    params: Mapping,
+    x: jax.Array,
+    instances: Sequence[SDPointInstance],
+    rngs: Mapping[str, jax.Array] | None = None,
 ) -> dict[SDPointInstance, jax.Array]:
     """Computes the logits of several instances in training mode, each layer before a point once.
 
@@ -49,11 +53,12 @@ def forward_set(
         params: of the net, and of single instances; see `models.norm_parameters`.
         x: the net's input [B, H, W, C].
         instances: those of the net to run.
+        rngs: Random keys for dropout, which all instances share.
 
     Returns:
         logits [B, K] by instance, in the order of `instances`.
     """
-    run = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    run = functools.partial(model.apply, train=True, mutable=["batch_stats"], rngs=rngs)
     shared = {"params": params_for(params, FULL_RESOLUTION)}
     by_point = sorted(instances, key=model.last_shared_point)
     (x, _), start, logits = run(shared, x, STEM, method="prefix"), STEM, {}

@@ -17,13 +17,14 @@ from sdpoint_jax.instance import (
     sample_set,
     set_name,
 )
+from sdpoint_jax.models.net import draws_random_numbers
 from sdpoint_jax.models.norm_parameters import PER_INSTANCE, params_for
 from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
 from sdpoint_jax.training.mixing import Mixing
 from sdpoint_jax.training.objective import Distillation
 from sdpoint_jax.training.optimizer import LearningRate, optimizer_of
-from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state, shapes_of_state
+from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state, device_keys, shapes_of_state
 from sdpoint_jax.training.teacher import load_teacher
 
 _COUNTED_STEPS = 10_000  # Of a longer run, so many steps are drawn to count MACs, or to find the sets drawn first.
@@ -76,6 +77,7 @@ class Plan:
         steps_per_epoch = images / config.batch_size
         self.total_steps = max(1, round(config.num_epochs * steps_per_epoch))
         self.validate_every = max(1, round(config.validate_every_epochs * steps_per_epoch))
+        self._draws = draws_random_numbers(self.experiment.model, self.experiment.image_shape)
         self._optimizer = optimizer_of(config)
         self._schedule = learning_rate_of(config, steps_per_epoch, self.total_steps)
 
@@ -104,13 +106,18 @@ class Plan:
         """Yields this host's share of the training batches from `start_step` on, and how their images are mixed."""
         with self.experiment.training_batches(start_step) as batches:
             for step, batch in enumerate(batches, start_step):
-                yield batch | self._mixes(step) if self._mixing else batch
+                yield batch | (self._mixes(step) if self._mixing else {}) | (self._keys(step) if self._draws else {})
 
     def _mixes(self, step):
         local_batch = self.config.batch_size // jax.process_count()
         first = jax.process_index() * local_batch
         rows = self._mixing.rows(self.config.seed, step, self.config.batch_size, self.experiment.image_shape[:2])
         return {"mixes": rows[first : first + local_batch]}
+
+    def _keys(self, step):
+        local = jax.local_device_count()
+        first = jax.process_index() * local
+        return {"keys": device_keys(self.config.seed, step, range(first, first + local))}
 
     def programs(self, state: TrainState) -> TrainPrograms:
         """Makes the programs for such a state or its shapes, yet to be compiled; a teacher gets its statistics here."""
@@ -121,6 +128,8 @@ class Plan:
         }
         if self._mixing:
             batch["mixes"] = shape_of_shards((local_batch, 5), np.float32)
+        if self._draws:
+            batch["keys"] = shape_of_shards((jax.local_device_count(), 2), np.uint32)
         return TrainPrograms(
             state,
             batch,

@@ -13,8 +13,8 @@ import optax
 
 from sdpoint_jax.instance import SDPointInstance, set_name
 from sdpoint_jax.models import target
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import with_own_norms
-from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.devices import (
     AXIS,
     REPLICATED,
@@ -32,6 +32,7 @@ from sdpoint_jax.training.mixing import mix
 from sdpoint_jax.training.objective import Distillation, forward_set, losses_of_set
 
 PyTree = Any
+KEY_TYPE = "threefry2x32"  # Of random keys: the same numbers on every platform, whatever JAX's default.
 _UPDATE = "update"  # The key of the program that all instances share.
 
 
@@ -76,8 +77,15 @@ class Control(NamedTuple):
         return cls(*[jax.ShapeDtypeStruct((device_count(), 1), np.int32)] * 3)
 
 
+def device_keys(seed: int, step: int, devices: Sequence[int]) -> np.ndarray:
+    """Return random keys, uint32 [len(devices), 2]: a pure function of the seed, the step and the device's index."""
+    bits = seed.to_bytes(16, "little", signed=True)  # NumPy's generator takes no negative numbers.
+    generators = [np.random.default_rng((*bits, step, device)) for device in devices]
+    return np.stack([generator.integers(2**32, size=2, dtype=np.uint32) for generator in generators])
+
+
 def create_state(
-    model: ResNet,
+    model: SDPointNet,
     optimizer: optax.GradientTransformation,
     seed: int,
     image_shape: tuple[int, int, int],
@@ -104,7 +112,7 @@ def create_state(
 
 
 def shapes_of_state(
-    model: ResNet,
+    model: SDPointNet,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, int, int],
     *,
@@ -128,7 +136,7 @@ def gradient_step(
     batch: Mapping[str, jax.Array],
     teacher: PyTree | None = None,
     *,
-    model: ResNet,
+    model: SDPointNet,
     instances: Sequence[SDPointInstance],
     preprocess: Callable[[jax.Array], jax.Array],
     label_smoothing: float = 0.0,
@@ -141,7 +149,8 @@ def gradient_step(
         params: replicated.
         control: each field int32 [1].
         batch: this device's `images` [b, H, W, C] uint8 and `labels` [b]; and `mixes`, see `mixing.Mixing.rows`, where
-            images are mixed with their neighbours.
+            images are mixed with their neighbours; and `keys` uint32 [1, 2], see `device_keys`, where the network
+            draws random numbers.
         teacher: variables of `distillation.teacher`, replicated, if it has one.
         model: the net; with its `axis_name` None, each device (and microbatch) normalises by itself.
         instances: static; those that the step trains. Their losses are averaged, and layers that they share, those
@@ -157,9 +166,11 @@ def gradient_step(
         instances, `instances` with the `loss` and `accuracy` of each by its name.
     """
 
-    def loss_and_metrics(params, images, labels, mixes=None):
+    def loss_and_metrics(params, images, labels, mixes=None, key=None):
         x, others, shares = mix(preprocess(images), labels, mixes)
-        logits = forward_set(model, params, x, instances)
+        # Linen takes the stream "params" for every stream that is not given, whatever the network calls its own.
+        rngs = None if key is None else {"params": jax.random.wrap_key_data(key, impl=KEY_TYPE)}
+        logits = forward_set(model, params, x, instances, rngs)
         taught = None if teacher is None else distillation.teacher.apply(teacher, x, train=False)
         losses = losses_of_set(
             logits,
@@ -179,7 +190,11 @@ def gradient_step(
 
     value_and_grad = jax.value_and_grad(loss_and_metrics, has_aux=True)
 
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    examples = {name: value for name, value in batch.items() if name != "keys"}
+    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), examples)
+    if "keys" in batch:
+        keys = jax.random.split(jax.random.wrap_key_data(batch["keys"][0], impl=KEY_TYPE), microbatches)
+        parts["key"] = jax.random.key_data(keys)
     result = _mean_over(functools.partial(value_and_grad, params), parts, microbatches)
     (loss, metrics), grads = jax.lax.pmean(result, AXIS)
     agreed = jax.lax.pmax(jax.tree.map(lambda x: x[0], control), AXIS)

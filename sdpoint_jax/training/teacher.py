@@ -10,9 +10,9 @@ from sdpoint_jax import progress
 from sdpoint_jax.config import upgrade
 from sdpoint_jax.experiment import Experiment, check_variables
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.storage import checkpoint
 
@@ -31,7 +31,7 @@ class Teacher:
     """
 
     name: str
-    model: ResNet
+    model: SDPointNet
     params: PyTree
     batch_stats: PyTree | None
 

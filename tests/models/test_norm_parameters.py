@@ -36,7 +36,7 @@ def test_an_instance_has_those_of_the_layers_after_its_point():
 
 
 def test_after_the_stem_an_instance_has_those_of_all_blocks_shortcuts_included():
-    model = ResNet(Architecture((1, 1), 4, 4, stem=4), 10)
+    model = ResNet(architecture=Architecture((1, 1), 4, 4, stem=4), num_classes=10)
     own = with_own_norms(model, params_of(model, 32), model.instances())["per_instance"]
     assert layers_of(own["stem_r0.50"]) == layers_of(own["p01_r0.50"]) | {"block_01/norm1", "block_01/norm2"}
     assert "block_02/shortcut_norm" in layers_of(own["p01_r0.50"])

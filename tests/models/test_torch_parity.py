@@ -72,7 +72,7 @@ def _block_nets():
         settings = dict(bottleneck=bottleneck, preactivation=preactivation, groups=groups, shortcut=shortcut)
         shapes = formulation.tensor_shapes((2, 1), 5, inner=16, stem=16, out=16, **settings)
         kind = f"{'pre' if preactivation else 'post'}-activation, {'bottleneck' if bottleneck else 'basic'}, {shortcut}"
-        yield pytest.param(ResNet(net, 5), shapes, id=kind)
+        yield pytest.param(ResNet(architecture=net, num_classes=5), shapes, id=kind)
 
 
 @pytest.mark.parametrize("instance", ["stem_r0.75", "p02_r0.50"])

@@ -31,10 +31,10 @@ TORCHVISION = {
     "resnext50_32x4d": (4.230, 25_028_904),
 }
 NETS = [
-    ResNet(Architecture((2, 1), 8, 8, stem=8, imagenet_stem=False), 5),
-    ResNet(Architecture((1, 2), 8, 16, preactivation=True, stem=8, imagenet_stem=False), 5),
-    ResNet(Architecture((2, 1, 1), 8, 16, bottleneck=True, stem=8, groups=2), 5),
-    ResNet(Architecture((1, 2), 8, 16, bottleneck=True, preactivation=True, stem=8), 5),
+    ResNet(architecture=Architecture((2, 1), 8, 8, stem=8, imagenet_stem=False), num_classes=5),
+    ResNet(architecture=Architecture((1, 2), 8, 16, preactivation=True, stem=8, imagenet_stem=False), num_classes=5),
+    ResNet(architecture=Architecture((2, 1, 1), 8, 16, bottleneck=True, stem=8, groups=2), num_classes=5),
+    ResNet(architecture=Architecture((1, 2), 8, 16, bottleneck=True, preactivation=True, stem=8), num_classes=5),
 ]
 
 

@@ -13,7 +13,7 @@ from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.profiling.roofline import DEVICES, Device, count_bytes, estimate_seconds, get_device, list_passes
 
 # One block of two 3x3 convolutions of 4 channels behind a 3x3 stem, on images of 8 x 8 x 1; two classes.
-TINY = ResNet(Architecture((1,), 4, 4, stem=4, imagenet_stem=False), 2)
+TINY = ResNet(architecture=Architecture((1,), 4, 4, stem=4, imagenet_stem=False), num_classes=2)
 X = 8 * 8 * 4  # Elements of every activation.
 SLOW = Device("slow", 1e-6, 1e-6, 1e-3)  # A million operations and a million bytes a second.
 
@@ -141,7 +141,10 @@ def test_the_dtype_picks_the_peak_rate():
 )
 def test_a_matrix_unit_pads_kernels_to_whole_blocks(architecture, padded):
     unit = dataclasses.replace(SLOW, matrix_side=64, bandwidth_gbps=1e9)
-    passes = {one.name: one for one in list_passes(ResNet(architecture, 2), FULL_RESOLUTION, 8, 1, training=False)}
+    passes = {
+        one.name: one
+        for one in list_passes(ResNet(architecture=architecture, num_classes=2), FULL_RESOLUTION, 8, 1, training=False)
+    }
     assert passes["block_01/conv1 forward"].seconds(unit, jnp.float32) == pytest.approx(2 * 8 * 8 * padded / 1e6)
 
 

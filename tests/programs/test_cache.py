@@ -35,7 +35,7 @@ from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.resnet import ResNet
 
-model = ResNet(Architecture((1,), 4, 4, preactivation=True, stem=4, imagenet_stem=False), 10)
+model = ResNet(architecture=Architecture((1,), 4, 4, preactivation=True, stem=4, imagenet_stem=False), num_classes=10)
 preprocess = functools.partial(normalize, mean=(0.5,), std=(0.25,))
 shape, rng = (8, 8, 1), np.random.default_rng(0)
 images = rng.integers(0, 256, (4, *shape), np.uint8)
@@ -159,7 +159,7 @@ def test_all_that_differs_is_described():
         gradient(dtype="bfloat16"),
         gradient(axis_name="devices"),
         gradient(remat=True),
-        gradient(norm_momentum=0.0),
+        gradient(downsampling="max"),
         *shapes,
         *((gradient(), shape) for shape in shapes),
         {"a": 1},
@@ -192,7 +192,7 @@ NOT_COVERED = {
     "function of another package": gradient,
     "lambda": lambda x: x,
     "partial of another package": functools.partial(normalize, mean=gradient),
-    "net of another package": OtherNet(create_model("resnet20", 10).architecture, 10),
+    "net of another package": OtherNet(architecture=create_model("resnet20", 10).architecture, num_classes=10),
     "class of another package": OtherNet,
     "class": ResNet,
     "NumPy array": np.ones(2),

@@ -34,7 +34,7 @@ DISTILLATIONS = {"labels": None, "in place": Distillation(0.7, 2.0), "teacher": 
 
 
 def net(kind, **kwargs):
-    return ResNet(NETS[kind], 10, **kwargs)
+    return ResNet(architecture=NETS[kind], num_classes=10, **kwargs)
 
 
 def set_of(model):
