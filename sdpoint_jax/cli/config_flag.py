@@ -1,5 +1,6 @@
 """The flag --config=FILE_OR_NAME, with overrides --config.KEY=VALUE."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sdpoint_jax.config import known_keys
+from sdpoint_jax.paths import check_local
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # Of an installed package, of a checkout.
@@ -42,7 +44,8 @@ def load_config(arguments: Sequence[str], default: str | None) -> ConfigDict | N
         the config with its overrides, or None.
 
     Raises:
-        ValueError: no such config, an override of a key that it does not have, or a value that does not fit.
+        ValueError: no such config, an override of a key that it does not have, a value that does not fit, or an
+            address where a path belongs.
     """
     file = next((arg.partition("=")[2] for arg in arguments if arg.startswith("--config=")), None)
     overrides = [arg for arg in arguments if not arg.startswith("--config=")]
@@ -63,6 +66,10 @@ def load_config(arguments: Sequence[str], default: str | None) -> ConfigDict | N
     except flags.IllegalFlagValueError as error:
         *_, last = str(error).strip().splitlines()  # After the traceback of a config's own error.
         raise ValueError(last.removeprefix("ValueError: ")) from error
+    for key in known_keys():
+        value = functools.reduce(getattr, key.split("."), values.config)
+        if isinstance(value, str):
+            check_local(value, f"config.{key}=")
     return values.config
 
 

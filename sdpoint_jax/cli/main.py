@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from sdpoint_jax.cli import config_flag, distributed
 from sdpoint_jax.cli.parser import FAILED, Parser
+from sdpoint_jax.paths import check_local
 from sdpoint_jax.training.stop import STOPPED
 
 # The commands: the module with `add_arguments(parser)` and `run(args)`, and what it does.
@@ -27,6 +28,8 @@ COMMANDS = {
     "prepare": ("prepare", "prepare a data set, once"),
 }
 
+_NOT_PATHS = ("--coordinator", "--host", "--token")
+
 
 def main(arguments: Sequence[str] | None = None, *, command: str | None = None) -> NoReturn:
     """Runs a command and exits with its code.
@@ -35,7 +38,12 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
         arguments: the command and its arguments, by default those of the process.
         command: the one to run, where it is not the first of the arguments: for a script of its own, as train.py.
     """
-    ours, others = config_flag.split_arguments(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _check_paths(arguments)
+    except ValueError as error:
+        _fail(error)
+    ours, others = config_flag.split_arguments(arguments)
     if command is None:
         args = _parser().parse_args(others)
         command = args.command
@@ -77,6 +85,22 @@ def _add_command(parser, command):
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     module.add_arguments(parser)
     return parser
+
+
+def _check_paths(arguments):
+    """Raise ValueError for an address in the value of any flag: new flags need not say that they take a path."""
+    flag = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, _, value = argument.partition("=")
+        else:
+            value = argument
+        if flag not in _NOT_PATHS:
+            check_local(value, f"{flag}=" if flag else "")
+        if flag == "--config":  # Of FILE:ARGUMENT, the second may be a path as well.
+            check_local(value.partition(":")[2], f"{flag}={value.partition(':')[0]}:")
+        if not argument.startswith("--") or "=" in argument:
+            flag = ""
 
 
 def _module(command):

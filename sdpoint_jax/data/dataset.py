@@ -10,6 +10,7 @@ from sdpoint_jax.data.examples import DecodedSplit, EncodedSet, Examples
 from sdpoint_jax.data.sources import digits
 from sdpoint_jax.data.sources.folder import open_folder
 from sdpoint_jax.data.sources.tfds import open_prepared
+from sdpoint_jax.paths import check_local
 
 ON_BAD_IMAGE = ("error", "skip")
 FOLDER = "folder:"  # What the name of an image folder begins with.
@@ -95,6 +96,8 @@ def load_dataset(name: str, data_dir: str | None = None, *, on_bad_image: str = 
         ValueError: an unknown or unprepared name (lists the known ones), a folder or set of another form.
     """
     check_on_bad_image(on_bad_image)
+    check_local(name)
+    check_local(data_dir or default_data_dir(), "data_dir ")
     if name.startswith(FOLDER):
         return _dataset(name, open_folder(os.path.expanduser(name.removeprefix(FOLDER))), on_bad_image)
     data_dir = os.path.expanduser(data_dir or default_data_dir())

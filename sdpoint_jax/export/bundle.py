@@ -123,10 +123,12 @@ def _own_files(folder: pathlib.Path) -> list[str] | None:
     """List the files that an export wrote into a folder; None for a folder that is no export."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        listed = {MANIFEST_SUM, *manifest["files"]} if manifest["kind"] == KIND else None
+        if manifest["kind"] != KIND:
+            return None
+        listed = {MANIFEST_SUM, *manifest["files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return listed and [*(name for name in folders.list_files(folder) if name in listed), MANIFEST]
+    return [*(name for name in folders.list_files(folder) if name in listed), MANIFEST]
 
 
 def _digest(content: bytes) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from sdpoint_jax.paths import check_local
 from sdpoint_jax.storage import files, folders
 
 CHECKPOINTS = "checkpoints"  # Of a run, in its workdir.
@@ -89,6 +90,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         CheckpointError: there is none, or it is damaged: a file is missing, truncated or altered.
     """
+    check_local(path)
     folder = folders.find(pathlib.Path(path).absolute())
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint")
@@ -334,6 +336,7 @@ def newest(
     Raises:
         CheckpointError: there are checkpoints, none of which is sound.
     """
+    check_local(directory)
     directory = pathlib.Path(directory)
     steps = list_steps(directory)
     for step in steps:

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 
+from sdpoint_jax.paths import check_local
 from sdpoint_jax.storage import files
 
 # Lists the files of a folder that this package wrote there, as relative paths, in the order in which they may be
@@ -34,6 +35,7 @@ def check_replaceable(path: str | os.PathLike, own_files: OwnFiles, what: str) -
         ValueError: another file or folder is there.
         OSError: it cannot be read.
     """
+    check_local(path)
     path = pathlib.Path(path).resolve()
     if os.path.lexists(path) and not (path.is_dir() and (not os.listdir(path) or own_files(path) is not None)):
         raise ValueError(f"{path}: exists and is not {what}, so it is left as it is; give another folder")

@@ -5,6 +5,8 @@ import fcntl
 import os
 import pathlib
 
+from sdpoint_jax.paths import check_local
+
 LOCK = "lock"
 
 
@@ -13,6 +15,7 @@ class FolderLock:
 
     def __init__(self, folder: pathlib.Path, what: str):
         """Names the folder, and in a word `what` it is, for messages."""
+        check_local(folder)
         self._path, self._what = folder / LOCK, what
         self._held = contextlib.ExitStack()
 
