@@ -25,7 +25,6 @@ def get_config(which="cifar10,wrn28_10"):
     config = default_config()
     config.model.name = model
     config.dataset.name = dataset
-    config.dataset.validation_split = "test"
     config.dataset.image_size = (32, 32)
     config.dataset.augmentation = "pad_crop_flip"
     config.dataset.mean, config.dataset.std = _MEAN_AND_STD[dataset]

@@ -23,7 +23,6 @@ def get_config(folder=""):
     config.init_from = "runs/original"
     config.teacher = "runs/original"
     config.dataset.name = f"folder:{folder}"
-    config.dataset.validation_split = "test"
     config.dataset.image_size = (32, 32)
     config.dataset.augmentation = "pad_crop_flip"
     config.dataset.mean = (0.485, 0.456, 0.406)

@@ -5,6 +5,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,12 +16,18 @@ FORMAT = 2  # Of a config as JSON holds it. Format 1 had no number, and other ne
 # Nets for small images: in format 1 a shortcut that changes the shape was a projection with BatchNorm.
 _RENAMED = re.compile(r"(?:resnet|preresnet)(?:20|56|110|164)|wrn[0-9]+_[0-9]+")
 
+# Keys that each host may set as it needs.
+HOST_KEYS = ("dataset.data_dir", "dataset.num_threads", "dataset.num_workers", "compile_workers")
+# Keys that name images or parameters. What they name decides the result, and is compared; the name does not.
+PLACE_KEYS = ("dataset.name", "dataset.train_split", "dataset.validation_split", "init_from", "teacher")
 # Keys that change neither the result of a run nor its checkpoints: a run may be continued with other values.
 RUN_TIME_KEYS = (
-    "dataset.data_dir",
-    "dataset.num_threads",
-    "dataset.num_workers",
-    "compile_workers",
+    *HOST_KEYS,
+    "dataset.test_split",  # Of a sweep, which has a key of its own.
+    "dataset.on_bad_image",  # A run that met a bad image or a step that is not finite has stopped before it.
+    "dataset.on_changed_images",
+    "on_nonfinite",
+    "model.remat",  # The same sums, up to rounding.
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "keep_checkpoints",
@@ -47,8 +54,8 @@ def default_config() -> ConfigDict:
     config.dataset.name = "digits"  # Or a prepared TFDS set, as cifar10; or folder:PATH.
     config.dataset.data_dir = ""  # Of prepared sets; TFDS's default where empty.
     config.dataset.train_split = "train"
-    config.dataset.validation_split = "validation"  # Watched during training.
-    config.dataset.test_split = "test"  # What a sweep reports.
+    config.dataset.validation_split = "auto"  # Watched during training; auto for validation, or test if there is none.
+    config.dataset.test_split = "auto"  # What a sweep reports; auto for test, or the validation split.
     config.dataset.image_size = (8, 8)  # Height, width.
     config.dataset.resize = 0  # Evaluation: shorter side before the centre crop; 0 for the data's default.
     config.dataset.augmentation = (
@@ -57,6 +64,7 @@ def default_config() -> ConfigDict:
     config.dataset.mean = (0.305,)  # Per channel, on the scale 0..1.
     config.dataset.std = (0.376,)
     config.dataset.on_bad_image = "error"  # Or skip.
+    config.dataset.on_changed_images = "error"  # Or continue, where a run is resumed on other images than it began on.
     config.dataset.num_threads = -1  # Reading and decoding; -1 for the data's default.
     config.dataset.num_workers = 0  # Processes that read; 0 for threads alone.
 
@@ -118,6 +126,21 @@ def default_config() -> ConfigDict:
     config.on_log_error = "error"  # Or continue, without logs, where they cannot be written.
     config.compile_workers = 0  # Threads that compile; 0 for one per core.
     return config.lock()
+
+
+def with_absolute_paths(config: ConfigDict) -> ConfigDict:
+    """Return a copy whose paths are absolute: a record of it can be used from another working directory."""
+    config = config.copy_and_resolve_references()
+    kind, colon, folder = config.dataset.name.partition(":")
+    if kind == "folder" and folder:
+        config.dataset.name = f"{kind}{colon}{_absolute(folder)}"
+    config.dataset.data_dir = _absolute(config.dataset.data_dir)
+    config.init_from, config.teacher = _absolute(config.init_from), _absolute(config.teacher)
+    return config
+
+
+def _absolute(path):
+    return os.path.abspath(os.path.expanduser(path)) if path and "://" not in path else path
 
 
 def known_keys() -> tuple[str, ...]:
@@ -192,6 +215,7 @@ _CHOICES = {
     "on_nonfinite": ("error", "skip"),
     "on_log_error": ("error", "continue"),
     "dataset.on_bad_image": ("error", "skip"),
+    "dataset.on_changed_images": ("error", "continue"),
 }
 _POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs", "distillation_temperature", "epsilon")
 _LOWEST = {
@@ -238,6 +262,14 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "model": {**model, "name": f"{model['name']}_projection_norm"}}
 
 
+def named_net(record: Mapping[str, Any]) -> str | None:
+    """Return the net that a record of a run, of imported weights or of an artefact names; None if it names none."""
+    try:
+        return upgrade(record.get("config", record))["model"]["name"]
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     """Makes a config from the defaults and `values`, the inverse of `to_dict`; nothing is executed.
 
@@ -264,12 +296,20 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def identity(config: ConfigDict) -> dict[str, Any]:
+    """Return the values by which configs of the same results are told from others: no paths, and no run-time keys."""
+    return {key: value for key, value in _flatten(config) if key not in RUN_TIME_KEYS and key not in PLACE_KEYS}
+
+
+def facts(config: ConfigDict) -> dict[str, Any]:
+    """Return the values that all hosts of a run must be given alike, by their keys."""
+    return {f"config.{key}": value for key, value in _flatten(config) if key not in HOST_KEYS + PLACE_KEYS}
+
+
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """Lists where two configs differ in what a run computes, as `key: value, other value`."""
-    flat, other = dict(_flatten(config)), dict(_flatten(other))
-    return [
-        f"{key}: {flat[key]!r}, {other[key]!r}" for key in flat if key not in RUN_TIME_KEYS and flat[key] != other[key]
-    ]
+    """List where two configs differ in what a run computes, as `key: value, other value`; see `identity`."""
+    ours, theirs = identity(config), identity(other)
+    return [f"{key}: {ours[key]!r}, {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
 
 
 def _flatten(config, prefix="") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """What training and a sweep share: the data, the net, its instances and batches, as a config describes them."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +10,15 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sdpoint_jax import data
-from sdpoint_jax.config import check_config
+from sdpoint_jax.config import check_config, with_absolute_paths
 from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
 from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import instances_with_own_norms, with_own_norms
 from sdpoint_jax.models.registry import create_model
+
+_SHOWN_CLASSES = 10
 
 
 def parse_instances(
@@ -49,7 +51,7 @@ class Experiment:
     """The parts of an experiment, checked against each other.
 
     Attributes:
-        config: as given.
+        config: as given, with absolute paths.
         dataset: see `data.load_dataset`.
         model: the net.
         instances: those that training draws from.
@@ -63,7 +65,7 @@ class Experiment:
     def __init__(self, config: ConfigDict):
         """Raises ValueError, in one line, for anything in `config` that does not fit."""
         check_config(config)
-        self.config = config
+        config = self.config = with_absolute_paths(config)
         self.dataset = data.load_dataset(
             config.dataset.name, config.dataset.data_dir or None, on_bad_image=config.dataset.on_bad_image
         )
@@ -89,9 +91,71 @@ class Experiment:
         self.model.check_image_size(config.dataset.image_size)
         self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
         check_sampling(config.sampling, self.instances)
-        self.num_training_images = len(self.dataset.source(config.dataset.train_split))
+        self.num_training_images = len(self._open("train_split", config.dataset.train_split))
         self.resize = data.evaluation_resize(self.dataset, self.image_shape[:2], config.dataset.resize or None)
         self.evaluation_batch_size = -(-config.evaluation_batch_size // jax.device_count()) * jax.device_count()
+
+    @functools.cached_property
+    def validation_split(self) -> str:
+        """Split that is watched during training; raises ValueError where there is none."""
+        dataset = self.config.dataset
+        chosen = self._find("validation_split", "validation", "test")
+        if chosen == "auto" and dataset.test_split != "auto":
+            chosen = dataset.test_split
+        if chosen == "auto":
+            sizes = ", ".join(f"{name} ({size})" for name, size in self.dataset.splits.items())
+            raise ValueError(
+                f"config.dataset.validation_split auto: {self.dataset.name} has neither validation nor test images, "
+                f"only {sizes}; to hold some out: --config.dataset.train_split=train[:90%] "
+                "--config.dataset.validation_split=train[90%:]"
+            )
+        self._open("validation_split", chosen)
+        return chosen
+
+    @functools.cached_property
+    def test_split(self) -> str:
+        """Split that a sweep reports; raises ValueError where there is none."""
+        chosen = self._find("test_split", "test")
+        if chosen == "auto":
+            return self.validation_split
+        self._open("test_split", chosen)
+        return chosen
+
+    def _find(self, key, *names):
+        """Return the split that the config names; for `auto` the first of `names` that the data have, else `auto`."""
+        given = self.config.dataset[key]
+        found = [name for name in map(self.dataset.find_split, names) if name]
+        return found[0] if given == "auto" and found else given
+
+    def _open(self, key, split):
+        try:
+            examples = self.dataset.source(split)
+            if self.dataset.on_bad_image == "error":
+                examples[0]  # Files that are missing or of another kind are found now, not after hours.
+        except data.BadImageError:  # It names its own place.
+            raise
+        except ValueError as error:
+            raise ValueError(f"config.dataset.{key}: {error}") from None
+        return examples
+
+    def describe_data(self, **splits: str) -> str:
+        """Describe in a line which split each purpose gets, how many images it has, and the classes."""
+        listed = ", ".join(f"{use} {split} ({len(self.dataset.source(split)):,})" for use, split in splits.items())
+        names = self.dataset.class_names
+        return f"images of {self.dataset.name}: {listed}; {len(names)} classes: {_some(names)}"
+
+    def digest(self, split: str) -> tuple[int, str]:
+        """Return how many images a split has, and a digest of which they are."""
+        examples = self.dataset.source(split)
+        return len(examples), examples.digest
+
+    def check_classes(self, record: Mapping[str, Any], where: str) -> None:
+        """Raise ValueError unless the classes of a checkpoint's record, if it has any, are those of the data."""
+        there, here = record.get("class_names"), list(self.dataset.class_names)
+        if there is not None and list(there) != here:
+            raise ValueError(
+                f"{where}: trained on other classes than those of {self.dataset.name}: {compare_classes(there, here)}"
+            )
 
     def check_params(self, params: Any, source: str) -> None:
         """Raises ValueError, naming `source`, unless `params` are those of this net for these images and classes.
@@ -141,6 +205,21 @@ class Experiment:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+
+def compare_classes(there: Sequence[str], here: Sequence[str]) -> str:
+    """Describe in a line how two lists of class names differ, the first of a checkpoint, the second of the data."""
+    if sorted(there) == sorted(here):
+        first = next(index for index, (one, other) in enumerate(zip(there, here, strict=True)) if one != other)
+        return f"the same in another order, class {first} is {here[first]}, was {there[first]}"
+    gone, new = [name for name in there if name not in here], [name for name in here if name not in there]
+    return "; ".join(f"{what} {_some(names)}" for what, names in (("without", gone), ("new", new)) if names)
+
+
+def _some(names):
+    return ", ".join(names[:_SHOWN_CLASSES]) + (
+        f" and {more} more" if (more := len(names) - _SHOWN_CLASSES) > 0 else ""
+    )
 
 
 def check_variables(

@@ -191,10 +191,10 @@ def run_cell(
         **_read_times(workdir / _TIMES),
     }
     for chosen in sweeps:
-        config.reestimate_images, config.reestimate_batches = chosen.images, chosen.batches
+        experiment.config.reestimate_images, experiment.config.reestimate_batches = chosen.images, chosen.batches
         instances = parse_instances(experiment.model, chosen.instances, config.points, config.ratios)
         folder = workdir / "sweeps" / f"{chosen.images}_{chosen.batches}"
-        swept = sweep(experiment, params, instances, folder, split=config.dataset.test_split)
+        swept = sweep(experiment, params, instances, folder, split=experiment.test_split)
         rows = [_row(row, chosen, shared) for row in swept]
         yield tuple(rows + (_cascades(experiment, instances, folder, rows) if chosen.cascades else []))
 
@@ -205,7 +205,7 @@ def _cascades(
     """Finds the best cascade at each of `grids.CASCADE_COSTS`, on training images, as those of a sweep's artefact."""
     data, full = experiment.config.dataset, next(row for row in rows if row.instance == FULL_RESOLUTION.name)
     plan = cascades.plan_cascades(
-        experiment, instances, cascades.AUTO, split=data.test_split, calibration_split=data.train_split
+        experiment, instances, cascades.AUTO, split=experiment.test_split, calibration_split=data.train_split
     )
     found, _ = cascades.evaluate_cascades(experiment, plan, folder)
     cheapest = min((row.evaluated.mean_macs for row in found), default=math.inf)

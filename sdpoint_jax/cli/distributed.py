@@ -51,10 +51,14 @@ def start(args: argparse.Namespace) -> None:
             ) from error
 
 
-def leave_the_others() -> None:
-    """Ends this process if it is one of several: the usual end waits for the others, of which one may be dead."""
+def leave_the_others(error: Exception) -> None:
+    """End this process if it is one of several: the usual end waits for the others, of which one may be dead."""
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():
+        if getattr(error, "on_all_hosts", False):
+            jax.distributed.shutdown()  # All end now; one that ended first would abort the others in mid-message.
+            sys.stdout.flush()
+            os._exit(FAILED)
         print("this process ends, and so will the others; the same command goes on", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(FAILED)

@@ -6,6 +6,7 @@ interrupted. Exit codes: 0 done, 2 error.
 """
 
 import argparse
+import functools
 import pathlib
 
 from sdpoint_jax.cli import config_flag, distributed, profile
@@ -82,8 +83,9 @@ def run(args: argparse.Namespace) -> None:
     if batch_sizes:
         profile.check_machine()
     from sdpoint_jax import config as configs  # Late: JAX takes seconds.
-    from sdpoint_jax import experiment
+    from sdpoint_jax import experiment, progress
     from sdpoint_jax.evaluation import cascades, sweep, table
+    from sdpoint_jax.programs import hosts
     from sdpoint_jax.storage import artefact, checkpoint
 
     baseline = table.read_baseline(args.baseline) if args.baseline else None
@@ -91,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
     if given is None and "config" not in record:
         raise ValueError(f"{args.workdir}: holds no config, as imported weights: give --config=FILE, for the data")
     config = given or configs.from_dict(record["config"])
+    if args.split:
+        config.dataset.test_split = args.split
     for key in ("reestimate_batches", "reestimate_images"):
         if getattr(args, key) is not None:
             config[key] = getattr(args, key)
@@ -98,16 +102,23 @@ def run(args: argparse.Namespace) -> None:
         config.dataset.data_dir = args.data_dir
     folder = "sweep" if args.dtype in (None, config.model.dtype) else f"sweep_{args.dtype}"
     config.model.dtype = args.dtype or config.model.dtype
-    parts = experiment.Experiment(config)
+    hosts.check_same(functools.partial(configs.facts, config))
+    parts = hosts.together(functools.partial(experiment.Experiment, config))
     params = _params(args, arrays)
     parts.check_params(params, args.workdir)
+    parts.check_classes(record, args.workdir)
     statistics = _imported_statistics(args, arrays, parts) if args.statistics == "imported" else None
     instances = parts.instances if statistics is None else (FULL_RESOLUTION,)
     if args.instances or args.points or args.ratios:
         points, ratios = comma_separated(args.points, int, "points"), comma_separated(args.ratios, float, "ratios")
         instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
     output = pathlib.Path(args.output or pathlib.Path(args.workdir) / folder)
-    split = args.split or config.dataset.test_split
+    split = hosts.together(lambda: parts.test_split)
+    progress.say(parts.describe_data(training=config.dataset.train_split, sweep=split))
+    if args.statistics == "reestimated":
+        then, now = record.get("images", {}).get("training"), list(parts.digest(config.dataset.train_split))
+        if then not in (None, now):
+            progress.say(f"other training images than the net was trained on: {then[0]} then, {now[0]} now")
     if args.cascades:
         held_out = {"calibration_split": args.calibration_split, "calibration_images": args.calibration_images}
         plan = cascades.plan_cascades(parts, instances, args.cascades, split=split, **held_out)

@@ -108,8 +108,8 @@ def _module(command):
 
 
 def _fail(error) -> NoReturn:
-    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-    distributed.leave_the_others()
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    distributed.leave_the_others(error)
     raise SystemExit(FAILED)
 
 

@@ -14,6 +14,7 @@ from sdpoint_jax.paths import check_local
 
 ON_BAD_IMAGE = ("error", "skip")
 FOLDER = "folder:"  # What the name of an image folder begins with.
+VALIDATION = ("validation", "val", "valid")  # One split: a set has it under any of these names.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,11 +49,17 @@ class Dataset:
         """Counts the examples of each split, by its name."""
         return {split: len(decoded) for split, decoded in self.decoded.items()}
 
+    def find_split(self, name: str) -> str | None:
+        """Return what the set calls the split `name`, which may be any of `VALIDATION`; None where it has none."""
+        aliases = (name, *VALIDATION) if name in VALIDATION else (name,)
+        return next((alias for alias in aliases if alias in self.decoded), None)
+
     def source(self, split: str) -> Examples:
         """Returns the examples of a split, by random access: {"image": uint8 [H, W, C], "label": int}.
 
         Args:
-            split: a split's name, a slice in TFDS's notation ("train[:90%]", "train[1000:]"), or a sum of these.
+            split: a split's name, a slice in TFDS's notation ("train[:90%]", "train[1000:]"), or a sum of these. A
+                validation split is found by any name of `VALIDATION`.
 
         Raises:
             ValueError: an unknown split, or one without examples.
@@ -66,11 +73,14 @@ class Dataset:
     def _parts(self, split):
         import tensorflow_datasets as tfds
 
-        sizes = {name: types.SimpleNamespace(num_examples=size) for name, size in self.splits.items()}
+        names = {name: name for name in self.splits}
+        if validation := self.find_split("validation"):
+            names = {alias: validation for alias in VALIDATION} | names
+        sizes = {alias: types.SimpleNamespace(num_examples=self.splits[name]) for alias, name in names.items()}
         try:
             parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(sizes)
             ends = [sizes[part.splitname].num_examples if part.to is None else part.to for part in parts]
-            return [(part.splitname, part.from_ or 0, end) for part, end in zip(parts, ends, strict=True)]
+            return [(names[part.splitname], part.from_ or 0, end) for part, end in zip(parts, ends, strict=True)]
         except Exception:
             message = f"unknown split {split!r} of {self.name}; valid: slices and sums of {self._sizes()}"
             raise ValueError(message) from None

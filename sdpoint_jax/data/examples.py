@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -22,6 +24,9 @@ class Records(Protocol):
 
     def where(self, index: int) -> str:
         """Returns the place of an example, for a person: a path where there is one."""
+
+    def digest(self) -> str:
+        """Return a digest that changes when examples are added, removed or replaced, wherever the files lie."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +85,11 @@ class DecodedSplit:
             labels[index] = label  # Last, so that no thread sees a label before its image.
         return images[index], int(labels[index])
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digest of the records; see `Records.digest`."""
+        return self.records.digest()
+
     def decode(self, index: int) -> tuple[np.ndarray, int]:
         """Returns the same as `self[index]`, but decodes always anew."""
         try:
@@ -127,6 +137,12 @@ class Examples:
         split, index = self._locate(index)
         image, label = split[index]
         return {"image": image, "label": label}
+
+    @property
+    def digest(self) -> str:
+        """A digest of which examples these are, in which order; the path of the files and the name do not matter."""
+        parts = [(split.digest, start, end) for split, start, end in self.parts]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def where(self, index: int) -> str:
         """Returns the place of an example, for a person."""

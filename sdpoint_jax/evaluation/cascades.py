@@ -412,19 +412,19 @@ def _tally_split(experiment, split, classify, cascades: Sequence[Cascade]) -> li
 
 def _calibration_split(experiment, split, given):
     """Returns the split to calibrate on; an empty name for the training images."""
-    dataset = experiment.config.dataset
     if given:
         if _share_images(experiment, given, split):
             raise ValueError(
                 f"--calibration-split={given}: shares images with {split}, on which cascades are reported; give others"
             )
         return given
-    if not _share_images(experiment, dataset.validation_split, split):
-        return dataset.validation_split
-    if _share_images(experiment, dataset.train_split, split):
+    validation, training = experiment.validation_split, experiment.config.dataset.train_split
+    if not _share_images(experiment, validation, split):
+        return validation
+    if _share_images(experiment, training, split):
         raise ValueError(
-            f"--cascades: the validation split, {dataset.validation_split}, and the training split, "
-            f"{dataset.train_split}, share images with {split}, on which cascades are reported; give others as "
+            f"--cascades: the validation split, {validation}, and the training split, "
+            f"{training}, share images with {split}, on which cascades are reported; give others as "
             "--calibration-split"
         )
     return ""

@@ -13,7 +13,9 @@ import jax
 from ml_collections import ConfigDict
 
 from sdpoint_jax import progress
+from sdpoint_jax.config import facts
 from sdpoint_jax.instance import set_name
+from sdpoint_jax.programs import hosts
 from sdpoint_jax.programs.devices import Compilation, is_main_host, prefetch, replicate
 from sdpoint_jax.programs.evaluator import Evaluator, Metrics
 from sdpoint_jax.storage import checkpoint
@@ -50,25 +52,26 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
         Interrupted: SIGTERM or SIGINT came.
     """
     workdir = pathlib.Path(workdir)
-    restore.check_workdir(config, workdir)
-    plan = Plan(config)
-    if config.keep_best_checkpoints:
-        restore.check_best_metric(plan)
+    hosts.check_same(functools.partial(facts, config))
+    plan = hosts.together(functools.partial(_make_plan, config))
+    progress.say(plan.data)
     lock = FolderLock(workdir, "workdir") if is_main_host() else contextlib.nullcontext()
-    with lock, StopSignals() as signals:
-        restored = restore.restore(plan, workdir)
+    with contextlib.ExitStack() as held, StopSignals() as signals:
+        hosts.together(lambda: held.enter_context(lock))
+        restored, initial = hosts.together(functools.partial(_find_start, plan, workdir))
+        hosts.check_same(functools.partial(restore.run_facts, plan, restored, initial))
         start_step = restored.step if restored else 0
         if start_step:
             progress.say(f"continuing after step {start_step} of {plan.total_steps}")
         programs = plan.programs(plan.shapes_of_state())
         with programs.compile_behind(plan.sets_by_first_use(start_step), config.compile_workers) as compilation:
-            run = restored or restore.create(plan)
+            run = restored or restore.create(plan, initial)
             if run.step < plan.total_steps:
                 progress.say(plan.describe_parameters(run.train))
                 progress.say(plan.describe_cost())
             run.train = replicate(run.train)
             if is_main_host():
-                restore.write_config(config, workdir)
+                restore.write_config(plan.config, workdir)
             with (
                 contextlib.closing(_open_checkpoints(plan, workdir, run.step)) as checkpoints,
                 contextlib.closing(_open_log(plan, workdir, run)) as log,
@@ -77,6 +80,20 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
     if run.skipped:
         progress.say(f"skipped {run.skipped} of {plan.total_steps} steps, which were not finite")
     return run.validation
+
+
+def _make_plan(config):
+    plan = Plan(config)
+    if config.keep_best_checkpoints:
+        restore.check_best_metric(plan)
+    return plan
+
+
+def _find_start(plan, workdir):
+    """Return (state of the newest checkpoint, None), or (None, the parameters to start from, if any)."""
+    restore.check_workdir(workdir)
+    restored = restore.restore(plan, workdir)
+    return restored, None if restored else restore.load_initial(plan.experiment, plan.shapes_of_state())
 
 
 def _open_checkpoints(plan, workdir, start_step):
@@ -136,16 +153,27 @@ class Loop:
         batches = self._plan.training_batches(self._run.step)
         with contextlib.closing(batches), self._bar:
             self._clock = time.perf_counter()
-            for batch in itertools.islice(prefetch(batches), self._plan.total_steps - self._run.step):
-                self._start_step(batch)
-                validates, saves = self._validation_is_due(), self._checkpoint_is_due()
-                asked = self._finish_steps(wait_for_all=validates or saves)
-                if validates and not asked.stop:
-                    self._validate()
-                if saves or asked.save or asked.stop:
-                    self._save()
-                if asked.stop:
-                    raise Interrupted(self._stopped())
+            try:
+                for batch in itertools.islice(prefetch(batches), self._steps_left()):
+                    self._train_on(batch)
+            except ValueError:  # A bad image, of training or validation: what was trained before it is not lost.
+                self._finish_steps(wait_for_all=True)
+                self._save()
+                raise
+
+    def _train_on(self, batch):
+        self._start_step(batch)
+        validates, saves = self._validation_is_due(), self._checkpoint_is_due()
+        asked = self._finish_steps(wait_for_all=validates or saves)
+        if validates and not asked.stop:
+            self._validate()
+        if saves or asked.save or asked.stop:
+            self._save()
+        if asked.stop:
+            raise Interrupted(self._stopped())
+
+    def _steps_left(self):
+        return max(0, self._plan.total_steps - self._run.step)  # Fewer images than before may mean fewer steps.
 
     def _start_step(self, batch):
         """Draws the instances of the next step and starts its programs."""
@@ -224,7 +252,7 @@ class Loop:
         with experiment.reestimation_batches(config.reestimate_images) as batches:
             chosen = itertools.islice(batches, config.reestimate_batches)
             statistics = self._evaluator.reestimate(params, self._until_stop(chosen))
-        with experiment.evaluation_batches(config.dataset.validation_split) as batches:
+        with experiment.evaluation_batches(experiment.validation_split) as batches:
             metrics = self._evaluator.evaluate(params, statistics, self._until_stop(batches))
         run.validation = {instance.name: metrics[instance] for instance in metrics}
         run.validated_at = run.step

@@ -44,8 +44,10 @@ class Plan:
     """The plan of one run.
 
     Attributes:
-        config: as given.
+        config: as given, with absolute paths.
         experiment: the net and its data.
+        data: which images the run has chosen, in a line.
+        images: by purpose, training and validation: how many they are, and their digest.
         sets: the sets of instances that its steps train.
         validation_instances: those that are evaluated during training.
         own_norms: those that have scales and shifts of BatchNorm of their own.
@@ -56,8 +58,12 @@ class Plan:
 
     def __init__(self, config: ConfigDict):
         """Raises ValueError, in one line, for anything in `config` that does not fit."""
-        self.config = config
         self.experiment = Experiment(config)
+        self.config = config = self.experiment.config
+        splits = {"training": config.dataset.train_split, "validation": self.experiment.validation_split}
+        # All that the run and the sweep after it will read is opened before the first step.
+        self.data = self.experiment.describe_data(**splits, sweep=self.experiment.test_split)
+        self.images = {purpose: list(self.experiment.digest(split)) for purpose, split in splits.items()}
         check_batch_size(config.batch_size, "config.batch_size")
         images, local_batch = self.experiment.num_training_images, config.batch_size // jax.device_count()
         if config.batch_size > images:

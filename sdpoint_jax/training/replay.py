@@ -1,6 +1,7 @@
 """Replays one step of a run that was not finite, to see where that begins."""
 
 import contextlib
+import functools
 import pathlib
 
 import jax
@@ -9,6 +10,8 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from sdpoint_jax.config import facts
+from sdpoint_jax.programs import hosts
 from sdpoint_jax.programs.devices import replicate, shard
 from sdpoint_jax.training import restore
 from sdpoint_jax.training.plan import Plan
@@ -24,7 +27,7 @@ def replay(config: ConfigDict, workdir: pathlib.Path, step: int) -> str:
     Raises:
         ValueError: a workdir of another config, or without a sound checkpoint of `step`.
     """
-    restore.check_workdir(config, workdir)
+    hosts.check_same(functools.partial(facts, config))
     plan = Plan(config)
     state = restore.restore_step(plan, workdir, step).train
     with contextlib.closing(plan.training_batches(step)) as batches:

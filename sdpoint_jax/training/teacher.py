@@ -1,13 +1,14 @@
 """The teacher of a run: a trained net whose logits at full resolution distil the instances, with frozen parameters."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import jax
 
 from sdpoint_jax import progress
-from sdpoint_jax.config import upgrade
+from sdpoint_jax.config import named_net
 from sdpoint_jax.experiment import Experiment, check_variables
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.models.net import SDPointNet
@@ -35,6 +36,11 @@ class Teacher:
     params: PyTree
     batch_stats: PyTree | None
 
+    @functools.cached_property
+    def checksum(self) -> int:
+        """Checksum of its parameters and statistics."""
+        return checkpoint.checksum_tree({"params": self.params, "batch_stats": self.batch_stats or {}})
+
     def variables(self, experiment: Experiment) -> PyTree:
         """Returns parameters and statistics at full resolution, re-estimated as `experiment` says if it has none."""
         statistics = self.batch_stats
@@ -54,10 +60,13 @@ def load_teacher(experiment: Experiment) -> Teacher:
     source = experiment.config.teacher
     arrays, record = checkpoint.load_newest(source)
     where = f"config.teacher {source}"
-    name = _name_of(record, where)
+    name = named_net(record)
+    if name is None:
+        raise ValueError(f"{where}: does not say which net it is, as a run, imported weights or a sweep do")
     classes, wanted = _count_classes(arrays["params"], where), experiment.dataset.num_classes
     if classes != wanted:
         raise ValueError(f"{where}: a net of {classes} classes; {experiment.dataset.name} has {wanted}")
+    experiment.check_classes(record, where)
     model = create_model(name, classes, dtype=experiment.config.model.dtype)
     check_variables(model, name, experiment, arrays["params"], where)
     params = params_for(arrays["params"], FULL_RESOLUTION)
@@ -67,13 +76,6 @@ def load_teacher(experiment: Experiment) -> Teacher:
     if statistics is not None:
         check_variables(model, name, experiment, statistics, where, kind="batch_stats")
     return Teacher(name, model, params, statistics)
-
-
-def _name_of(record, where):
-    try:
-        return upgrade(record.get("config", record))["model"]["name"]
-    except (LookupError, TypeError):
-        raise ValueError(f"{where}: does not say which net it is, as a run, imported weights or a sweep do") from None
 
 
 def _count_classes(params, where):

@@ -77,6 +77,12 @@ def test_a_split_may_be_sliced_and_joined(dataset, split, length):
     assert len(dataset.source(split)) == length
 
 
+@pytest.mark.parametrize("split", ["val", "valid", "validation", "val[:100]+valid[100:]"])
+def test_the_validation_split_has_three_names(dataset, split):
+    labels = [example["label"] for example in dataset.source(split)]
+    assert labels == [example["label"] for example in dataset.source("validation")]
+
+
 def test_slices_join_to_the_whole(dataset):
     whole, head, tail = (dataset.source(split) for split in ("test", "test[:30%]", "test[30%:]"))
     joined = [*head, *tail]
@@ -86,7 +92,7 @@ def test_slices_join_to_the_whole(dataset):
         np.testing.assert_array_equal(one["image"], other["image"])
 
 
-@pytest.mark.parametrize("split", ["val", "train[:", "train[:10%", "", "train[5:5]"])
+@pytest.mark.parametrize("split", ["dev", "train[:", "train[:10%", "", "train[5:5]"])
 def test_an_impossible_split_names_the_valid_ones(dataset, split):
     with pytest.raises(ValueError, match=r"digits.*train \(1197\)") as error:
         dataset.source(split)

@@ -57,6 +57,13 @@ def stop_after(step, started, workdir):
     return stopped_at
 
 
+def test_hosts_that_are_given_different_configs_all_refuse_to_begin(tmp_path):
+    command = [sys.executable, "train.py", f"--workdir={tmp_path}", *OVERRIDES]
+    outputs = processes.finish(processes.start(lambda index: [*command, f"--config.seed={index}"], 2, 1), code=2)
+    assert all("differ in config.seed: 0 (host 0), 1 (host 1)" in output for output in outputs)
+    assert not any("Traceback" in output for output in outputs) and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0])  # The one that coordinates.
 def test_a_process_that_dies_ends_the_others(tmp_path, dies):

@@ -26,6 +26,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from sdpoint_jax.config import default_config
+from sdpoint_jax.data import BadImageError
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
 from sdpoint_jax.models.norm_parameters import with_own_norms
@@ -520,6 +521,19 @@ def test_a_validation_that_is_interrupted_is_made_up_for(finished, tmp_path, mon
     assert checkpoint.newest(tmp_path / "checkpoints")[2]["validation"] == as_json(results)
 
 
+def test_a_bad_image_in_a_validation_does_not_cost_the_steps_before_it(finished, tmp_path, monkeypatch):
+    def evaluation_batches(self, split):
+        raise BadImageError("truncated", "cat/1.png")
+
+    config = tiny.config(checkpoint_every_steps=1000)
+    with monkeypatch.context() as patch, pytest.raises(BadImageError, match="cat/1.png: truncated"):
+        patch.setattr(Experiment, "evaluation_batches", evaluation_batches)
+        training.train(config, tmp_path)
+    assert checkpoint.newest(tmp_path / "checkpoints")[0] == TOTAL_STEPS
+    training.train(config, tmp_path)
+    same(tmp_path, finished[0])
+
+
 @pytest.fixture
 def full_disk(tmp_path):
     """A function that makes a folder on a disk of that many MiB."""
@@ -686,7 +700,9 @@ def test_the_end_after_a_stop_waits_for_no_thread():
         ({"model": {"dtype": "float16"}}, "dtype 'float16': valid are float32, bfloat16"),
         ({"dataset": {"name": "digitz"}}, "digitz"),
         ({"dataset": {"augmentation": "rotate"}}, "rotate.*shift"),
-        ({"dataset": {"train_split": "training"}}, "training"),
+        ({"dataset": {"train_split": "training"}}, "config.dataset.train_split: unknown split 'training'"),
+        ({"dataset": {"validation_split": "tset"}}, "config.dataset.validation_split: unknown split 'tset' .* test "),
+        ({"dataset": {"test_split": "tset"}}, "config.dataset.test_split: unknown split 'tset' .* test "),
         ({"dataset": {"mean": (0.5, 0.5, 0.5)}}, "config.dataset.mean .*: digits has 1 channels, one value each"),
         ({"dataset": {"image_size": (3, 8)}}, "image size 3x8: too small for the net, which needs sides of at least 4"),
         ({"batch_size": 41}, "config.batch_size 41: does not divide over 8 devices; the nearest is 40 or 48"),

@@ -1,5 +1,7 @@
 """TFDS data sets that lie ready on disk, read without TensorFlow."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ class TfdsRecords:
         import tensorflow_datasets as tfds
 
         self.place = f"{builder.info.full_name} {split}"
+        self._info = builder.info.splits[split]
         self.source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def __len__(self) -> int:
@@ -31,6 +34,11 @@ class TfdsRecords:
         """Returns (image file's bytes, label)."""
         example = self.source[index]
         return example["image"], int(example["label"])
+
+    def digest(self) -> str:
+        """Return a digest of the sizes that TFDS recorded when the set was prepared."""
+        sizes = [self._info.num_examples, self._info.num_bytes, self._info.shard_lengths]
+        return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
     def where(self, index: int) -> str:
         """Returns set, split and index of an example, and the name that its file had, if the set has kept it."""
