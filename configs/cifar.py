@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 with the nets and recipes that papers compare.
 
-    python -m sdpoint_jax.data.prepare cifar10 --help
+    python -m sdpoint_jax prepare cifar10 --help
     python train.py --config=configs/cifar.py:cifar10,wrn28_10 --workdir=runs/cifar10_wrn28_10
     python evaluate.py --workdir=runs/cifar10_wrn28_10
 

@@ -1,6 +1,6 @@
 """The recipe of the authors on ImageNet (Kuen et al. 2018), for any net with an ImageNet stem.
 
-    python -m sdpoint_jax.data.prepare imagenet2012 --help
+    python -m sdpoint_jax prepare imagenet2012 --help
     python train.py --config=configs/imagenet.py:preresnet101 --workdir=runs/preresnet101
     python evaluate.py --workdir=runs/preresnet101
 

@@ -6,9 +6,12 @@ import fcntl
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_TEMPORARY = ".sdpoint_jax"  # What the names of temporary folders end in.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def write(image_set: ImageSet, data_dir: str, *, quiet: bool = False) -> Path:
     """Writes a set, if it is not there yet, and returns its directory.
 
     The examples are shuffled on the way, always in the same way. A process that finds another one writing the set waits
-    for it; one that finds what a killed one has left removes that.
+    for it; what a killed process has left is removed.
 
     Args:
         image_set: what to write.
@@ -64,25 +67,36 @@ def write(image_set: ImageSet, data_dir: str, *, quiet: bool = False) -> Path:
         quiet: whether to show no progress.
 
     Raises:
-        ValueError: a split does not have as many examples as it should.
+        ValueError: a split does not have as many examples as it should, or something else is where the set belongs.
     """
     directory = Path(os.path.expanduser(data_dir)) / image_set.name / image_set.version
     if is_written(directory):
         return directory
     with _locked(directory.parent):
         if not is_written(directory):
-            for rest in directory.parent.glob(f"incomplete.*_{directory.name}"):
-                shutil.rmtree(rest, ignore_errors=True)
-            with _silence():
-                _builder(image_set, data_dir, quiet).download_and_prepare()
+            _write(image_set, directory, quiet)
     return directory
+
+
+def _write(image_set, directory, quiet):
+    """Write a set in a temporary folder, then rename it; the lock of `directory.parent` is held."""
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory}: exists and is not a prepared data set; move it")
+    for leftover in directory.parent.glob(f".{directory.name}.*{_TEMPORARY}"):
+        shutil.rmtree(leftover, ignore_errors=True)  # The process is dead, as it held the lock.
+    with tempfile.TemporaryDirectory(
+        dir=directory.parent, prefix=f".{directory.name}.", suffix=_TEMPORARY, ignore_cleanup_errors=True
+    ) as temporary:
+        with _silence():
+            _builder(image_set, temporary, quiet).download_and_prepare()
+        Path(temporary, image_set.name, image_set.version).rename(directory)
 
 
 @contextlib.contextmanager
 def _locked(directory: Path):
     """Holds the directory's lock; the system frees it if the process dies."""
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "w") as file:
+    with open(directory / ".lock", "a") as file:  # Whose content does not matter, if it is somebody else's.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

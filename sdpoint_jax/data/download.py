@@ -24,7 +24,7 @@ def download(url: str, path: str | os.PathLike) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.sdpoint_jax.part")
     try:
         _fetch(url, part)
     except OSError as error:  # URLError and time-outs are among them.

@@ -38,12 +38,14 @@ class EncodedSet:
         channels: 1 (grey) or 3 (RGB).
         image_size: (height, width) of every image, or None where they vary.
         records: split name -> its encoded examples.
+        description: of the set, where it has one.
     """
 
     class_names: tuple[str, ...]
     channels: int
     image_size: tuple[int, int] | None
     records: Mapping[str, Records]
+    description: str = ""
 
 
 class DecodedSplit:

@@ -2,12 +2,13 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from sdpoint_jax.data import builder, download
 from sdpoint_jax.data.dataset import FOLDER, check_on_bad_image, default_data_dir
 from sdpoint_jax.data.sources import cifar, digits, folder, imagenet
-from sdpoint_jax.data.sources.tfds import is_in_catalogue, prepared_sets
+from sdpoint_jax.data.sources.tfds import is_in_catalogue, open_prepared, prepared_sets
 from sdpoint_jax.paths import check_local
 
 
@@ -25,7 +26,8 @@ def prepare(
         name: "digits", "cifar10", "cifar100", "imagenet2012", "folder:PATH", or another set of TFDS's catalogue.
         data_dir: where prepared sets go; by default TFDS's.
         source: the archive, or a directory that holds the archives; without it CIFAR is downloaded.
-        set_name: the name to load a folder by; by default made from the folder's own.
+        set_name: the name to load a folder by; by default made from the folder's own. A set of this name that is there
+            must have been prepared from the same images.
         on_bad_image: what to do with an image of a folder that cannot be decoded: "error" or "skip".
 
     Raises:
@@ -79,9 +81,16 @@ def _prepare_folder(root, data_dir, set_name, on_bad_image):
     set_name = set_name or re.sub(r"\W+", "_", os.path.basename(root)).lower()
     if not re.fullmatch(r"[a-z]\w*", set_name):
         raise ValueError(f"--name {set_name!r}; valid: a letter, then letters, digits and underscores")
-    if set_name in (found := prepared_sets(data_dir)):
-        return found[set_name]
-    return builder.write(folder.image_set(root, set_name, on_bad_image), data_dir)
+    image_set = folder.image_set(root, set_name, on_bad_image)
+    directory = prepared_sets(data_dir).get(set_name) or builder.write(image_set, data_dir)
+    prepared = open_prepared(set_name, data_dir)
+    if prepared.description != image_set.description:
+        if found := folder.find_difference(root, prepared, on_bad_image):
+            raise ValueError(
+                f"{directory} was prepared from other images than {root} has now: {found}; give another --name, or "
+                f"remove {directory} first"
+            )
+    return directory
 
 
 def _prepare_from_catalogue(name, data_dir):
@@ -115,3 +124,8 @@ def _find(source, names):
     if not found:
         raise ValueError(f"{source}: no {' or '.join(names)} there")
     return found[0]
+
+
+if __name__ == "__main__":  # What the command was once.
+    print("error: the command is python -m sdpoint_jax prepare", file=sys.stderr)
+    sys.exit(2)

@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,74 @@ def test_a_bad_image_stops_the_preparation_of_a_folder_or_is_left_out(image_fold
     assert f"left out: {bad}" in caplog.text
 
 
+def change(folder):
+    (folder / "train" / "bee" / "3.jpg").write_bytes(jpeg(7))
+
+
+def add(folder):
+    (folder / "train" / "bee" / "4.jpg").write_bytes(jpeg(7))
+
+
+def take(folder):
+    (folder / "train" / "bee" / "3.jpg").unlink()
+
+
+def rename(folder):
+    for split in ("train", "val"):
+        (folder / split / "bee").rename(folder / split / "wasp")
+
+
+def take_a_split(folder):
+    shutil.rmtree(folder / "val")
+
+
+@pytest.mark.parametrize(
+    "alter, found",
+    [
+        (change, "train/bee/3.jpg has changed"),
+        (add, "train/bee/4.jpg is not in it"),
+        (take, "train/bee/3.jpg is in it, but no longer in the folder"),
+        (rename, "it has the classes ant, bee, the folder ant, wasp"),
+        (take_a_split, "it has the splits train, validation, the folder train"),
+    ],
+)
+@pytest.mark.parametrize("place", ["other", "same"])
+def test_a_set_of_this_name_that_was_prepared_from_other_images_is_refused(image_folder, tmp_path, alter, found, place):
+    directory = prepare.prepare(f"folder:{image_folder}", str(tmp_path))
+    if place == "other":
+        (tmp_path / "other").mkdir()
+        image_folder = Path(shutil.copytree(image_folder, tmp_path / "other" / image_folder.name))
+    alter(image_folder)
+    before = sorted((path, path.stat().st_mtime_ns) for path in directory.iterdir())
+    with pytest.raises(ValueError, match=f"^{directory} was prepared from other images.*{found}; give another --name"):
+        prepare.prepare(f"folder:{image_folder}", str(tmp_path))
+    assert sorted((path, path.stat().st_mtime_ns) for path in directory.iterdir()) == before
+    prepare.prepare(f"folder:{image_folder}", str(tmp_path), set_name="mine")
+
+
+def test_the_same_images_are_prepared_once_wherever_they_lie(image_folder, tmp_path):
+    (image_folder / "train" / "bee" / "bad.jpg").write_bytes(b"broken")
+    directory = prepare.prepare(f"folder:{image_folder}", str(tmp_path), on_bad_image="skip")
+    shutil.copytree(image_folder, tmp_path / "other" / image_folder.name)
+    for folder in (image_folder, tmp_path / "other" / image_folder.name):
+        assert prepare.prepare(f"folder:{folder}", str(tmp_path), on_bad_image="skip") == directory
+
+
+def test_what_is_no_prepared_set_is_left_alone(image_folder, tmp_path):
+    note = tmp_path / "mine" / "1.0.0" / "note"
+    note.parent.mkdir(parents=True)
+    for path in (note, tmp_path / "mine" / ".lock"):
+        path.write_text("dear")
+    with pytest.raises(ValueError, match="mine/1.0.0: exists and is not a prepared data set; move it"):
+        prepare.prepare(f"folder:{image_folder}", str(tmp_path), set_name="mine")
+    assert note.read_text() == (tmp_path / "mine" / ".lock").read_text() == "dear"
+
+
+def test_the_command_of_earlier_versions_names_the_present_one():
+    ended = subprocess.run([sys.executable, "-m", "sdpoint_jax.data.prepare", "digits"], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr == "error: the command is python -m sdpoint_jax prepare\n"
+
+
 def test_an_impossible_name_for_a_folder_is_refused(image_folder, tmp_path):
     with pytest.raises(ValueError, match="'7 seas'"):
         prepare.prepare(f"folder:{image_folder}", str(tmp_path), set_name="7 seas")
@@ -340,15 +409,16 @@ prepare.prepare("folder:" + sys.argv[1], sys.argv[2], set_name="mine")
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         deadline = time.time() + 30
-        while not list(tmp_path.glob("mine/*incomplete*")) and time.time() < deadline:
+        while not list(tmp_path.glob("mine/.1.0.0.*/mine/*incomplete*")) and time.time() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert list(tmp_path.glob("mine/*incomplete*"))
+    assert list(tmp_path.glob("mine/.1.0.0.*"))
+    (tmp_path / "mine" / "incomplete.X_1.0.0").mkdir()  # Of another program that uses TFDS.
     with pytest.raises(ValueError, match="unknown data set 'mine'"):
         data.load_dataset("mine", str(tmp_path))
     prepare.prepare(f"folder:{image_folder}", str(tmp_path), set_name="mine")
     assert data.load_dataset("mine", str(tmp_path)).splits == {"train": 8, "validation": 4}
-    assert not list(tmp_path.glob("mine/*incomplete*"))
+    assert sorted(os.listdir(tmp_path / "mine")) == [".lock", "1.0.0", "incomplete.X_1.0.0"]
 
 
 class Server(http.server.SimpleHTTPRequestHandler):

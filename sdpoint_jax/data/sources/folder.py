@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import typing
 from concurrent import futures
 
 from absl import logging
@@ -16,6 +17,7 @@ from absl import logging
 from sdpoint_jax.data.builder import ImageSet, Split
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.data.examples import CACHE_BYTES, DecodedSplit, EncodedSet
+from sdpoint_jax.data.sources.tfds import TfdsRecords
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _SIZES = 4096  # Files of a split whose sizes are part of its digest.
@@ -125,7 +127,7 @@ def image_set(root: str, name: str, on_bad_image: str) -> ImageSet:
     return ImageSet(
         name=name,
         version="1.0.0",
-        description=f"The image folder {root}.",
+        description=f"The image folder {root}, {_state(records)}.",
         class_names=class_names,
         image_shape=(*(size or (None, None)), 3),
         splits={
@@ -134,6 +136,55 @@ def image_set(root: str, name: str, on_bad_image: str) -> ImageSet:
         },
         more_features=_more_features,
     )
+
+
+def find_difference(root: str, prepared: EncodedSet, on_bad_image: str) -> str | None:
+    """Find a difference between an image folder and the set that was prepared from it: in words, or None.
+
+    Args:
+        root: the folder.
+        prepared: the set.
+        on_bad_image: "error", or "skip": images that cannot be decoded may be missing in the set.
+
+    Raises:
+        ValueError: see `read_folder`.
+    """
+    class_names, records = read_folder(root)
+    if class_names != prepared.class_names:
+        return f"it has the classes {_some(prepared.class_names)}, the folder {_some(class_names)}"
+    if records.keys() != prepared.records.keys():
+        return f"it has the splits {', '.join(prepared.records)}, the folder {', '.join(records)}"
+    for split, part in records.items():
+        written = typing.cast(TfdsRecords, prepared.records[split])
+        there = {name: index for index, name in enumerate(written.file_names())}
+        for index, file in enumerate(part.files):
+            if file in there:
+                if part.read(index) != written.read(there.pop(file)):
+                    return f"{part.where(index)} has changed"
+            elif on_bad_image == "error" or _is_image(part, index):
+                return f"{part.where(index)} is not in it"
+        if there:
+            return f"{os.path.join(part.root, next(iter(there)))} is in it, but no longer in the folder"
+    return None
+
+
+def _is_image(records, index):
+    decoded = DecodedSplit(records, channels=3, num_classes=max(records.labels) + 1, image_size=None)
+    try:
+        decoded.decode(index)
+    except BadImageError:
+        return False
+    return True
+
+
+def _state(records):
+    """Return a digest of the names, sizes and times of all files: equal only if nothing has changed."""
+    found = hashlib.sha256()
+    for split, part in records.items():
+        for index, file in enumerate(part.files):
+            stat = os.stat(part.where(index))
+            found.update(f"{split} {file!r} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"state {found.hexdigest()}"
 
 
 def _checked_examples(records, image_size, on_bad_image):

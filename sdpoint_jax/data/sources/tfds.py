@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ class TfdsRecords:
         """Return a digest of the sizes that TFDS recorded when the set was prepared."""
         sizes = [self._info.num_examples, self._info.num_bytes, self._info.shard_lengths]
         return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+
+    def file_names(self) -> Iterator[str]:
+        """Yield the name that the file of each example had; an empty one if the set has not kept it."""
+        return (self.source[index].get("file_name", b"").decode() for index in range(len(self)))
 
     def where(self, index: int) -> str:
         """Returns set, split and index of an example, and the name that its file had, if the set has kept it."""
@@ -77,6 +82,7 @@ def open_prepared(name: str, data_dir: str) -> EncodedSet:
         records={
             split: TfdsRecords(builder, split) for split, info in builder.info.splits.items() if info.num_examples
         },
+        description=builder.info.description,
     )
 
 
