@@ -134,7 +134,7 @@ def profile_artefact(
     device = runtimes[0].device
     files = path.with_name(table.TABLE)
     in_sweep = path.name == artefact.ARTEFACT and files.is_file()
-    unfinished = path.with_name(f"{path.name}.profiling.json")
+    unfinished = artefact.unfinished_profile(path)
     with FolderLock(path.parent, "folder"):
         _, baseline = table.read_table(files) if in_sweep else (None, None)
         found = latency.profile(

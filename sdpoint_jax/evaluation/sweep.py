@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sdpoint_jax import progress
-from sdpoint_jax.config import to_dict
+from sdpoint_jax.config import identity, to_dict
 from sdpoint_jax.evaluation import plot, table
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.models.cascade import CascadeRow
 from sdpoint_jax.profiling.macs import count_cost, count_macs, count_set_macs
+from sdpoint_jax.programs import hosts
 from sdpoint_jax.programs.devices import is_main_host
 from sdpoint_jax.programs.evaluator import Evaluator, Metrics
 from sdpoint_jax.storage import artefact, checkpoint
@@ -33,7 +36,8 @@ PyTree = Any
 LATENCY_PLOT = "latency.png"
 _PARTIAL = "partial"
 # Replaced by each sweep, and by those that add cascades or latencies.
-_NAMES = ("sweep.csv", "sweep.png", LATENCY_PLOT, "cascades.json", "cascades.png")
+_OF_CASCADES = ("cascades.json", "cascades.png")
+_NAMES = ("sweep.csv", "sweep.png", LATENCY_PLOT, *_OF_CASCADES)
 _GROUP = 24  # Instances of one pass over the data, after which an interrupted sweep need not repeat them.
 
 
@@ -53,7 +57,9 @@ def sweep(
         experiment: the net, its data, and how to re-estimate.
         params: trained parameters.
         instances: of the net.
-        output: folder to write to. An interrupted sweep of the same parameters and settings goes on.
+        output: folder to write to. What was measured there from the same parameters, images and settings is not
+            measured again. Latencies of the same parameters, and cascades of the same sweep, stay; what no longer
+            holds is removed, and said.
         split: of the data set, to evaluate.
         baseline: row of the same net trained without SDPoint, to mark in the plot; see `table.read_baseline`.
         statistics: `batch_stats` that came with imported parameters, in place of re-estimated ones. They are those of
@@ -73,23 +79,109 @@ def sweep(
         raise ValueError(f"imported statistics are those of full resolution alone, not of {names}: re-estimate these")
     imported = None if statistics is None else {FULL_RESOLUTION: statistics}
     output = pathlib.Path(output)
-    check_output(output)
+    hosts.together(functools.partial(check_output, output))
+    source = _describe_source(experiment, params, split, imported)
+    names = ", ".join(instance.name for instance in instances)
+    hosts.check_same(lambda: source | {"instances": names})
     with FolderLock(output, "output folder") if is_main_host() else contextlib.nullcontext():
-        groups = [instances[start : start + _GROUP] for start in range(0, len(instances), _GROUP)]
-        found_statistics: dict[SDPointInstance, PyTree] = {}
+        before = _load_before(output)
+        finished = {row.instance: row for row in before.rows} if before and before.source == source else {}
+        finished = {i: row for i, row in finished.items() if i in instances}
+        if not _all_hosts(bool(finished)):
+            finished = {}
+        if finished:
+            progress.say(f"measured before: {len(finished)} of {len(instances)} instances")
+        missing = [instance for instance in instances if instance not in finished]
+        groups = [missing[start : start + _GROUP] for start in range(0, len(missing), _GROUP)]
+        found_statistics = {instance: before.batch_stats[instance] for instance in finished}
         metrics: dict[SDPointInstance, Metrics] = {}
         for group in groups:
-            of_group, metrics_of_group = _group_results(experiment, params, group, output, split, imported)
+            of_group, metrics_of_group = _group_results(experiment, params, group, output, split, source, imported)
             found_statistics |= of_group
             metrics |= metrics_of_group
-        rows = tuple(_row(experiment, instance, metrics[instance], imported) for instance in instances)
-        shared, separate = (sum(passes) for passes in zip(*(count_passes(experiment, group) for group in groups)))
-        progress.say(f"{len(rows)} instances for the MACs of {shared:.1f} full passes; {separate:.1f} one by one")
+        rows = tuple(finished.get(i) or _row(experiment, i, metrics[i], imported) for i in instances)
+        if groups:
+            shared, separate = (sum(passes) for passes in zip(*(count_passes(experiment, group) for group in groups)))
+            progress.say(
+                f"{len(missing)} instances for the MACs of {shared:.1f} full passes; {separate:.1f} one by one"
+            )
         if is_main_host():
-            swept = _artefact(experiment, params, found_statistics, rows, split, imported)
-            write_results(swept, output, baseline)
+            swept = _artefact(experiment, params, found_statistics, rows, split, imported, source)
+            rows = _replace(before, swept, output, baseline)
             _remove_partial(output / _PARTIAL)
     return rows
+
+
+def _describe_source(experiment, params, split, imported):
+    """Return digests of all that a sweep measures from, as JSON holds it."""
+    config = experiment.config
+    described = {
+        "parameters": checkpoint.checksum_tree(params),
+        "imported statistics": imported and checkpoint.checksum_tree(imported[FULL_RESOLUTION]),
+        "training images": experiment.digest(config.dataset.train_split),
+        "evaluated images": experiment.digest(split),
+        "classes": experiment.dataset.class_names,
+        "on_bad_image": config.dataset.on_bad_image,
+        "evaluation batch": experiment.evaluation_batch_size,
+        "config": identity(config),
+    }
+    return json.loads(json.dumps(described))
+
+
+def _load_before(output):
+    """Load the artefact that is there; None where there is none that can be read."""
+    path = output / artefact.ARTEFACT
+    try:
+        return artefact.load(path)
+    except checkpoint.CheckpointError as error:
+        if path.exists():
+            progress.say(f"measuring again: {error}")
+        return None
+
+
+def _replace(before, swept, output, baseline):
+    """Write a sweep's results over earlier ones; keep what was measured of the same net, and say what goes."""
+    removed = []
+    if before:
+        swept = _with_latencies_of(before, swept)
+        wanted = {row.instance for row in swept.rows}
+        if gone := [row.name for row in before.rows if row.instance not in wanted]:
+            removed.append(f"{', '.join(gone)}, not asked for this time")
+        kept = {row.instance for row in swept.rows if row.latencies}
+        if lost := [row.name for row in before.rows if row.latencies and row.instance in wanted - kept]:
+            removed.append(f"the latencies of {', '.join(lost)}, measured with other parameters")
+        if before.source == swept.source and _have_stages(before.cascades, wanted):
+            swept = dataclasses.replace(swept, cascades=before.cascades)
+        elif before.cascades:
+            removed.append("the cascades, which were chosen with other parameters, statistics or instances")
+        if before.source == swept.source and baseline is None and (output / table.TABLE).exists():
+            _, baseline = table.read_table(output / table.TABLE)
+    for line in removed:
+        progress.say(f"removed from {output}: {line}")
+    write_results(swept, output, baseline)
+    if not swept.cascades:
+        for name in _OF_CASCADES:
+            (output / name).unlink(missing_ok=True)
+    if before and before.source != swept.source:
+        artefact.unfinished_profile(output / artefact.ARTEFACT).unlink(missing_ok=True)
+    return swept.rows
+
+
+def _with_latencies_of(before, swept):
+    """Return `swept` with the latencies of `before`, which hold as long as the net and its parameters are the same."""
+    net = [
+        (found.model, found.dtype, found.image_shape, found.num_classes, checkpoint.checksum_tree(found.params))
+        for found in (before, swept)
+    ]
+    if net[0] != net[1]:
+        return swept
+    latencies = {row.instance: row.latencies for row in before.rows}
+    return swept.with_rows([dataclasses.replace(row, latencies=latencies.get(row.instance, ())) for row in swept.rows])
+
+
+def _have_stages(cascades, instances):
+    stages = {stage for record in cascades for stage in CascadeRow.from_record(record).cascade.stages}
+    return stages <= instances
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -122,19 +214,21 @@ def write_results(
         swept: the artefact.
         output: the folder.
         baseline: row of the same net trained without SDPoint.
-        device: whose latencies to draw, which at least one row has; None for no latency.png: an old one is removed.
+        device: whose latencies to draw, which at least one row has; None for the last one that was measured. Without
+            any latency, an old latency.png is removed.
     """
     settings, rows = swept.settings, swept.rows
+    measured = [latency.device for row in rows for latency in row.latencies]
     table.write_json(output / table.TABLE, settings, rows, baseline)
     table.write_csv(output / "sweep.csv", rows)
     net = settings.model + (f" in {settings.dtype}" if settings.dtype != "float32" else "")
     what = f"{net} on {pathlib.PurePath(settings.dataset).name}, {settings.split}"
     title = f"{what}: n = {rows[0].n}, bars of one standard error"
     plot.plot_macs(rows, output / "sweep.png", title=title, baseline=baseline)
-    if device is None:
-        (output / LATENCY_PLOT).unlink(missing_ok=True)
+    if measured:
+        plot.plot_latency(rows, output / LATENCY_PLOT, title=title, device=device or measured[-1])
     else:
-        plot.plot_latency(rows, output / LATENCY_PLOT, title=title, device=device)
+        (output / LATENCY_PLOT).unlink(missing_ok=True)
     artefact.save(swept, output / artefact.ARTEFACT)
 
 
@@ -146,16 +240,10 @@ def count_passes(experiment: Experiment, instances: Sequence[SDPointInstance]) -
     return count_set_macs(model, instances, *images) / full, separate / full
 
 
-def _group_results(experiment, params, group, output, split, imported):
+def _group_results(experiment, params, group, output, split, source, imported):
     """Returns (statistics, metrics) of some instances: from an interrupted sweep, or measured now and kept."""
     names = [instance.name for instance in group]
-    key = {
-        "instances": names,
-        "split": split,
-        "params": checkpoint.checksum_tree(params),
-        "imported": imported and checkpoint.checksum_tree(imported[FULL_RESOLUTION]),
-        "config": to_dict(experiment.config),
-    }
+    key = source | {"instances": names}
     path = output / _PARTIAL / names[0]
     found = _load_group(path, key)
     if _all_hosts(found is not None):
@@ -243,7 +331,7 @@ def _row(experiment, instance, metrics, imported):
     )
 
 
-def _artefact(experiment, params, statistics, rows, split, imported):
+def _artefact(experiment, params, statistics, rows, split, imported, source):
     config, dataset = experiment.config, experiment.config.dataset
     batches, images = (0, "none") if imported else (config.reestimate_batches, config.reestimate_images)
     return Artefact(
@@ -259,4 +347,5 @@ def _artefact(experiment, params, statistics, rows, split, imported):
         tuple(dataset.std),
         to_dict(config),
         SweepSettings(config.model.name, dataset.name, split, batches, images, config.model.dtype),
+        source=source,
     )

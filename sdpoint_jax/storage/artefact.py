@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ __all__ = ["ARTEFACT", "FORMAT", "Artefact", "InstanceRow", "Latency", "SweepSet
 
 PyTree = Any
 ARTEFACT = "artefact"  # Its name in the folder of a sweep.
-FORMAT = 2  # Of the record. Format 1 had no number, and no `resize`; `cascades` came later, and may be missing.
+# Of the record. Format 1 had no number, and no `resize`; `cascades` and `source` came later, and may be missing.
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Artefact:
         config: of the experiment, as JSON holds it.
         settings: how the sweep was measured.
         cascades: the records of `models.cascade.CascadeRow`, if cascades were evaluated.
+        source: digests of all that the rows and statistics were measured from; a sweep of the same repeats nothing.
     """
 
     params: PyTree
@@ -71,6 +74,7 @@ class Artefact:
     config: Mapping[str, Any]
     settings: SweepSettings
     cascades: tuple[Mapping[str, Any], ...] = ()
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -90,6 +94,12 @@ class Artefact:
     def with_rows(self, rows: Sequence[InstanceRow]) -> "Artefact":
         """Returns a copy with another table of the same instances."""
         return dataclasses.replace(self, rows=tuple(rows))
+
+
+def unfinished_profile(path: str | os.PathLike) -> pathlib.Path:
+    """Return the file in which a profile of the artefact at `path` keeps what it has measured so far."""
+    path = pathlib.Path(path)
+    return path.with_name(f"{path.name}.profiling.json")
 
 
 def save(artefact: Artefact, path: str | os.PathLike) -> None:
@@ -112,6 +122,7 @@ def save(artefact: Artefact, path: str | os.PathLike) -> None:
         "settings": dataclasses.asdict(artefact.settings),
         "table": [row.to_record() for row in artefact.rows],
         "cascades": list(artefact.cascades),
+        "source": dict(artefact.source),
     }
     checkpoint.save(path, {"params": artefact.params, "batch_stats": statistics}, record)
 
@@ -154,4 +165,5 @@ def _from_record(arrays, record):
         record["config"],
         SweepSettings(**{"dtype": record["model"]["dtype"]} | record["settings"]),
         tuple(record.get("cascades", ())),
+        record.get("source", {}),
     )

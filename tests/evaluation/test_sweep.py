@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import chex
@@ -8,11 +9,14 @@ import commands
 import jax
 import numpy as np
 import pytest
+import services
 import tiny
 
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.evaluation import plot, sweep, table
+from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION
+from sdpoint_jax.models.cascade import Cascade, CascadeRow, Measured, stages_from_name
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow, Latency
@@ -76,6 +80,91 @@ def test_an_interrupted_sweep_measures_only_what_is_missing(experiment, params, 
     moved = jax.tree.map(lambda x: x + 1e-3, params)
     sweep.sweep(experiment, moved, instances[:3], tmp_path, split="test")
     assert measured[3:] == [instances[0].name]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The names of the instances that are measured, a list for each pass."""
+    passes, measure = [], sweep._measure
+
+    def note(experiment, params, group, *args):
+        passes.append([instance.name for instance in group])
+        return measure(experiment, params, group, *args)
+
+    monkeypatch.setattr(sweep, "_measure", note)
+    return passes
+
+
+@pytest.fixture
+def finished(swept, tmp_path):
+    """A copy of the finished sweep, profiled and with a cascade; its folder."""
+    folder = shutil.copytree(swept.folder, tmp_path / "sweep")
+    found = services.with_latencies(artefact.load(folder / "artefact"))
+    seen = Measured(20.0, 0.5, 300, (0.5, 0.5))
+    row = CascadeRow(Cascade(stages_from_name("p01_r0.50+full"), (0.5,)), (10, 30), "validation", seen, seen)
+    found = dataclasses.replace(found, cascades=(row.to_record(),))
+    sweep.write_results(found, folder, ROWS[0])
+    for name in ("cascades.json", "cascades.png"):
+        (folder / name).write_text("{}")
+    artefact.unfinished_profile(folder / "artefact").write_text("{}")
+    return folder
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_finished_sweep_is_not_repeated_and_loses_nothing(experiment, params, swept, finished, measured, capsys):
+    before, files = artefact.load(finished / "artefact"), files_of(finished)
+    rows = sweep.sweep(experiment, params, experiment.instances, finished, split="test")
+    found = artefact.load(finished / "artefact")
+    assert measured == [] and found.rows == rows == before.rows and found.cascades == before.cascades
+    chex.assert_trees_all_equal(found.batch_stats[FULL_RESOLUTION], before.batch_stats[FULL_RESOLUTION])
+    assert files_of(finished) == files
+    out = capsys.readouterr().out
+    assert "measured before: 7 of 7 instances" in out and "removed" not in out
+
+
+def test_instances_that_are_added_are_measured_alone(experiment, params, swept, tmp_path, measured):
+    sweep.sweep(experiment, params, experiment.instances[:2], tmp_path, split="test")
+    rows = sweep.sweep(experiment, params, experiment.instances[:3], tmp_path, split="test")
+    names = [instance.name for instance in experiment.instances[:3]]
+    assert measured == [names[:2], names[2:]] and [row.name for row in rows] == names
+    assert set(artefact.load(tmp_path / "artefact").batch_stats) == set(experiment.instances[:3])
+
+
+def test_instances_that_are_not_asked_for_go_and_so_do_cascades_of_them(experiment, params, finished, measured, capsys):
+    sweep.sweep(experiment, params, experiment.instances[:1], finished, split="test")
+    found, out = artefact.load(finished / "artefact"), capsys.readouterr().out
+    assert measured == [] and found.rows[0].latencies and not found.cascades
+    assert f"removed from {finished}: p01_r0.50, " in out and f"removed from {finished}: the cascades" in out
+    assert not (finished / "cascades.json").exists() and (finished / "latency.png").exists()
+
+
+def test_other_statistics_keep_the_latencies_but_not_the_cascades(params, swept, finished, measured, capsys):
+    config = tiny.config(instances="all", reestimate_images="clean")
+    few = swept.experiment.instances[:2]
+    sweep.sweep(Experiment(config), params, few, finished, split="test")
+    found, before = artefact.load(finished / "artefact"), artefact.load(swept.folder / "artefact")
+    assert measured == [[instance.name for instance in few]]
+    assert all(row.latencies for row in found.rows) and not found.cascades
+    assert found.rows[0].loss != before.rows[0].loss
+    assert not {"cascades.json", "cascades.png", "artefact.profiling.json"} & files_of(finished).keys()
+
+
+def test_other_parameters_keep_nothing_and_say_so(experiment, params, finished, measured, capsys):
+    moved = jax.tree.map(lambda x: x + 1e-3, params)
+    sweep.sweep(experiment, moved, experiment.instances[:1], finished, split="test")
+    found, out = artefact.load(finished / "artefact"), capsys.readouterr().out
+    assert measured == [["full"]] and not found.rows[0].latencies and not found.cascades
+    assert "the latencies of full, measured with other parameters" in out
+    assert not {"latency.png", "cascades.json", "artefact.profiling.json"} & files_of(finished).keys()
+
+
+def test_images_that_were_added_are_measured_again(experiment, params, finished, measured, monkeypatch):
+    monkeypatch.setattr(Experiment, "digest", lambda self, split: (401, split))
+    sweep.sweep(experiment, params, experiment.instances[:1], finished, split="test")
+    assert measured == [["full"]]
 
 
 def test_sharing_layers_costs_a_third_of_one_by_one():
