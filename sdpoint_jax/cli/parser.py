@@ -21,7 +21,9 @@ class Parser(argparse.ArgumentParser):
         for arg in surplus:
             if arg.startswith("-"):
                 self.error(f"Unknown command line flag {arg.lstrip('-').partition('=')[0]!r}")
-            self.error(f"argument {arg!r}: flags begin with --, and take their value after =")
+            if not hasattr(parsed, "inputs"):
+                self.error(f"argument {arg!r}: flags begin with --, and take their value after =")
+            parsed.inputs.append(arg)  # argparse takes only the first run of positional arguments for nargs="*".
         return parsed
 
     def error(self, message: str) -> NoReturn:

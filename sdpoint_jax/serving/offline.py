@@ -1,217 +1,480 @@
-"""Classifies any number of images offline, resumably, to Parquet files. Needs the extra `predict`.
+"""Classify any number of images offline, resumably. Files of results need the extra `predict`.
 
-The inputs are split into parts, in order; each part is written whole or not at all, so that a command that was killed
-goes on with the parts that are missing, and every image is there once.
+The images are split into parts, in order. Each part is one Parquet file, which is written whole or not at all. It
+records in its metadata which plan it belongs to, so that the folder of results holds nothing but results, and a command
+that was stopped resumes with the parts that are missing or damaged.
 """
 
 import concurrent.futures
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from sdpoint_jax.data.decode import BadImageError
+from sdpoint_jax.data.sources.folder import EXTENSIONS
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.paths import check_local
 from sdpoint_jax.serving.images import to_batch
 from sdpoint_jax.storage import files
 
 if TYPE_CHECKING:  # Without JAX: a process that is not prepared for it may read plans.
     from sdpoint_jax.serving.predictor import Predictor
+    from sdpoint_jax.storage.artefact import Artefact
 
-PLAN = "plan.json"
+COLUMNS = ("path", "rank", "label", "class_name", "probability", "instance", "error")
+ENDINGS = (".parquet", ".csv", ".jsonl")  # Of a list of images, and of a single file of results.
 ON_BAD_IMAGE = ("error", "skip")
+_PLAN = b"sdpoint_jax.predict"  # Key of a part's metadata.
 _READERS = 4  # Threads that read and decode; all decoders release Python's lock.
+
+
+class Image(NamedTuple):
+    """An image to classify.
+
+    Attributes:
+        name: its path as it was given, for the results. Bytes that are not UTF-8 are written as `\\xe9`.
+        file: the path to open.
+    """
+
+    name: str
+    file: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a command computes; a folder of results is continued by the same plan alone.
+    """What decides the results of a command. A folder of results is continued with an equal plan only.
 
     Attributes:
-        artefact: checksum of the parameters, statistics and table.
-        instance: name of the one that classifies.
-        inputs: checksum of the list of inputs.
-        count: inputs.
-        part_size: inputs of one part.
-        on_bad_image: `error`, or `skip` for a row without a class that says what is wrong.
+        model: checksum of what the instance computes: its parameters, statistics, preprocessing and classes.
+        instance: name of the instance.
+        inputs: checksum of the images' names, sizes and times of change.
+        count: number of images.
+        part_size: images of one part.
+        top: classes that are listed for each image.
     """
 
-    artefact: str
+    model: str
     instance: str
     inputs: str
     count: int
     part_size: int
-    on_bad_image: str
+    top: int
 
     @property
     def num_parts(self) -> int:
-        """Counts the parts."""
+        """Number of parts."""
         return -(-self.count // self.part_size)
 
     def part(self, number: int) -> slice:
-        """Returns which of the inputs belong to a part."""
+        """Return which of the images belong to a part."""
         return slice(number * self.part_size, min((number + 1) * self.part_size, self.count))
 
 
-def list_inputs(source: str | os.PathLike) -> list[str]:
-    """Lists the images of a folder, at any depth, in order of their names; or the column `path` of a Parquet file.
+def list_images(sources: Sequence[str], exclude: Collection[pathlib.Path] = ()) -> tuple[list[Image], list[str]]:
+    """List the images that are meant by paths.
+
+    Args:
+        sources: each an image; a folder, whose images are found at any depth, in order of their names; or a file with
+            one of `ENDINGS` that lists images in its column `path`. A relative path in such a list counts from the
+            working directory or, where nothing is there, from the folder of the list.
+        exclude: files and folders inside of the folders that do not count, as the results.
+
+    Returns:
+        the images, and the names of files in folders that were passed over because they are not images.
 
     Raises:
-        ValueError: there is none, or the file has no such column.
-        OSError: there is no such folder or file.
+        ValueError: there are no images, or a list is not valid; names it.
+        OSError: a source does not exist or cannot be read.
     """
-    path = pathlib.Path(source)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
+    images: list[Image] = []
+    passed_over: list[Image] = []
+    excluded = {find(path) for path in exclude for find in (os.path.realpath, os.path.abspath)}
+    for source in (pathlib.Path(source).expanduser() for source in sources):
+        if source.is_dir():
+            for file in sorted(_files_below(source, excluded), key=str):
+                (images if _is_image(file) else passed_over).append(_image(file))
+        elif not os.path.lexists(source):
+            raise FileNotFoundError(
+                f"{_show(source)}: no such file or folder; give images, folders of images, or a list "
+                f"({', '.join(ENDINGS)}) with a column 'path'"
+            )
+        elif source.suffix.lower() in ENDINGS:
+            images += [_listed(path, source) for path in _read_list(source)]
+        else:
+            images.append(_image(source))
+    if not images:
+        hint = f", but {len(passed_over)} other files, as {passed_over[0].name}" if passed_over else ""
+        raise ValueError(f"{', '.join(map(_show, sources))}: holds no images ({' '.join(EXTENSIONS)}){hint}")
+    return images, [image.name for image in passed_over]
 
-        if "path" not in parquet.read_schema(path).names:
-            raise ValueError(f"{path}: has no column 'path'; it has {', '.join(parquet.read_schema(path).names)}")
-        found = parquet.read_table(path, columns=["path"])["path"].to_pylist()
-    else:
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder; give a folder of images, or a .parquet file")
-        found = sorted(str(file) for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    if not found:
-        raise ValueError(f"{path}: holds no images")
+
+def _files_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
+    """Yield the files of a folder at any depth, links followed, but for hidden ones and those `seen`.
+
+    A folder that is reached in several ways, as by a link to itself, is listed once.
+    """
+    seen.add(os.path.realpath(folder))
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            if os.path.abspath(entry.path) not in seen:
+                yield folder / entry.name
+        elif os.path.realpath(entry.path) not in seen:
+            yield from _files_below(folder / entry.name, seen)
+
+
+def _image(file):
+    return Image(_show(file), str(file))
+
+
+def _show(path: str | os.PathLike) -> str:
+    """Return a path as text that can be encoded."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _is_image(file: pathlib.Path) -> bool:
+    """Whether a file of a folder is an image by its name or, without such a name, by how it begins."""
+    if not file.is_file():  # A dangling link, a pipe, a device.
+        return False
+    if file.suffix.lower() in EXTENSIONS:
+        return True
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(12)
+    except OSError:
+        return False
+    return start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")) or (
+        start[:4] == b"RIFF" and start[8:] == b"WEBP"
+    )
+
+
+def _read_list(source: pathlib.Path) -> list[str]:
+    """Return the column `path` of a list of images."""
+    read = {".parquet": _read_parquet_column, ".csv": _read_csv_column, ".jsonl": _read_json_column}
+    try:
+        names, found = read[source.suffix.lower()](source)
+    except ValueError as error:  # Also pyarrow's, and those of text that is not UTF-8.
+        raise ValueError(f"{_show(source)}: not a list of images: {error}") from None
+    if found is None:
+        raise ValueError(f"{_show(source)}: has no column 'path'; it has {', '.join(names)}")
+    for number, path in enumerate(found):
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{_show(source)}: row {number}, {path!r}: not a path")
+        check_local(path, f"{_show(source)}: row {number}, ")
     return found
 
 
+def _read_parquet_column(source):
+    import pyarrow.parquet as parquet
+
+    names = parquet.read_schema(source).names
+    return names, parquet.read_table(source, columns=["path"])["path"].to_pylist() if "path" in names else None
+
+
+def _read_csv_column(source):
+    with source.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or ())
+        return names, [row["path"] for row in reader] if "path" in names else None
+
+
+def _read_json_column(source):
+    with source.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    names = list(rows[0]) if rows and isinstance(rows[0], dict) else []
+    return names, [isinstance(row, dict) and row.get("path") for row in rows] if "path" in names else None
+
+
+def _listed(path: str, source: pathlib.Path) -> Image:
+    beside = source.parent / path
+    return Image(path, str(beside) if not os.path.lexists(path) and beside.exists() else path)
+
+
 def make_plan(
-    artefact_checksum: str,
+    swept: "Artefact",
     instance: SDPointInstance,
-    inputs: Sequence[str],
-    output: pathlib.Path,
+    images: Sequence[Image],
     *,
     part_size: int = 1024,
-    on_bad_image: str = "error",
+    top: int = 1,
 ) -> Plan:
-    """Makes the plan for a folder of results, and keeps it there.
+    """Make the plan that classifies images.
 
     Raises:
-        ValueError: the folder holds the results of another plan, or a value is not valid.
+        ValueError: a value is not valid.
     """
-    if on_bad_image not in ON_BAD_IMAGE:
-        raise ValueError(f"on_bad_image {on_bad_image!r}: valid are {', '.join(ON_BAD_IMAGE)}")
     if part_size < 1:
         raise ValueError(f"part_size {part_size}: at least 1")
-    listed = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
-    plan = Plan(artefact_checksum, instance.name, listed, len(inputs), part_size, on_bad_image)
-    path = output / PLAN
-    if path.exists():
-        there = json.loads(path.read_bytes())
-        if changed := [key for key, value in dataclasses.asdict(plan).items() if there.get(key) != value]:
-            raise ValueError(f"{output}: holds results of another {', '.join(changed)}; give another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
-    return plan
+    if not 1 <= top <= swept.num_classes:
+        raise ValueError(f"top {top}: valid are 1 to {swept.num_classes}, the number of classes")
+    listed = hashlib.sha256()
+    for image in images:
+        listed.update(b"%s\0%s\n" % (os.fsencode(image.name), _state(image.file)))
+    return Plan(_checksum(swept, instance), instance.name, listed.hexdigest(), len(images), part_size, top)
 
 
-def missing_parts(plan: Plan, output: pathlib.Path) -> list[int]:
-    """Lists the parts that are not written yet."""
-    return [number for number in range(plan.num_parts) if not part_path(output, number).exists()]
+def _state(file: str) -> bytes:
+    """Return what changes when a file is replaced or written to."""
+    try:
+        found = os.stat(file)
+    except OSError:  # It is named when it is read.
+        return b""
+    return b"%d %d" % (found.st_size, found.st_mtime_ns)
+
+
+def _checksum(swept: "Artefact", instance: SDPointInstance) -> str:
+    """Return a checksum of what an instance computes. Measurements of it, as latencies, do not count."""
+    from sdpoint_jax.storage.checkpoint import checksum_tree
+
+    arrays = checksum_tree({"params": swept.params, "batch_stats": swept.batch_stats[instance]})
+    settings = (swept.model, swept.dtype, swept.image_shape, swept.resize, swept.mean, swept.std, swept.class_names)
+    return hashlib.sha256(json.dumps([arrays, *settings]).encode()).hexdigest()
+
+
+class Progress(NamedTuple):
+    """What a folder of results holds.
+
+    Attributes:
+        missing: numbers of the parts that have to be classified.
+        damaged: those of them of which there is a file that cannot be read.
+        unreadable: images in the other parts that could not be read.
+    """
+
+    missing: list[int]
+    damaged: list[int]
+    unreadable: int
+
+
+def find_progress(plan: Plan, output: pathlib.Path, on_bad_image: str = "error") -> Progress:
+    """Read and verify the parts in a folder of results.
+
+    Args:
+        plan: what is to be computed.
+        output: the folder; it may be missing.
+        on_bad_image: where this is `error`, parts with images that could not be read count as missing.
+
+    Raises:
+        ValueError: the folder holds results of another plan, or files named as parts that are not ours.
+        OSError: a part cannot be opened.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: is a file; give a folder, or a file that ends in {', '.join(ENDINGS)}")
+    missing, damaged, unreadable = list(range(plan.num_parts)), [], 0
+    for path in sorted(output.glob("part-*.parquet")):
+        content = path.read_bytes()
+        number, found = _verify_part(content, path)
+        if found is None:
+            # A part that was cut is written again. No data are lost: a Parquet file is unreadable without its end.
+            if number >= plan.num_parts or (content and not content.startswith(b"PAR1")):
+                raise ValueError(f"{path}: not a result of predict; give another --output")
+            damaged.append(number)
+            continue
+        if changed := [key for key, value in dataclasses.asdict(plan).items() if found["plan"].get(key) != value]:
+            raise ValueError(f"{output}: holds results of another {_describe(changed)}; give another --output")
+        if found["part"] == number and number in missing and not (found["unreadable"] and on_bad_image == "error"):
+            missing.remove(number)
+            unreadable += found["unreadable"]
+    return Progress(missing, [number for number in damaged if number in missing], unreadable)
+
+
+def _describe(changed: Sequence[str]) -> str:
+    """Name what differs between two plans, the cause before its consequences."""
+    words = {"inputs": "list of images, or of images that were changed", "count": None, "part_size": "--part-size"}
+    words |= {"top": "--top", "model": None if "instance" in changed else "artefact"}
+    return ", another ".join(word for key in changed if (word := words.get(key, key)))
+
+
+def _verify_part(content: bytes, path: pathlib.Path) -> tuple[int, dict[str, Any] | None]:
+    """Read all of a part; return its number by its name, and its record, or None where it is damaged.
+
+    Raises:
+        ValueError: it is a Parquet file, and not ours.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = path.stem.removeprefix("part-")
+    if not (number.isdecimal() and path == part_path(path.parent, int(number))):
+        raise ValueError(f"{path}: not a result of predict; give another --output")
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError):
+        return int(number), None
+    record = (file.schema_arrow.metadata or {}).get(_PLAN)
+    if record is None:
+        raise ValueError(f"{path}: not a result of this version of predict; give another --output")
+    try:
+        file.read()  # The pages have checksums.
+        return int(number), json.loads(record)
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return int(number), None
 
 
 def part_path(output: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns where a part is written."""
+    """Return where a part is written."""
     return output / f"part-{number:06d}.parquet"
 
 
 def run_parts(
     predictor: "Predictor",
     plan: Plan,
-    inputs: Sequence[str],
+    images: Sequence[Image],
     output: pathlib.Path,
     numbers: Sequence[int],
     *,
     batch_size: int = 64,
-) -> Iterator[int]:
-    """Classifies parts and writes them; yields how many images each had.
+    on_bad_image: str = "error",
+) -> Iterator[tuple[int, int]]:
+    """Classify parts and write them; yield for each part what `run_part` returns.
 
     Args:
-        predictor: of the artefact that the plan names.
+        predictor: of the artefact that the plan is of.
         plan: of the folder `output`.
-        inputs: all of them.
+        images: all of them.
         output: folder of the results.
         numbers: of the parts to run.
         batch_size: images that are classified at once.
+        on_bad_image: see `classify`.
 
     Raises:
-        BadImageError: an image that cannot be used, where the plan says `error`; names it.
-        OSError: a file that cannot be opened, or a part that cannot be written.
+        BadImageError: see `classify`.
+        OSError: a part cannot be written.
     """
     for number in numbers:
-        yield run_part(predictor, plan, number, inputs[plan.part(number)], output, batch_size=batch_size)
+        part = images[plan.part(number)]
+        yield run_part(predictor, plan, number, part, output, batch_size=batch_size, on_bad_image=on_bad_image)
 
 
 def run_part(
     predictor: "Predictor",
     plan: Plan,
     number: int,
-    paths: Sequence[str],
+    images: Sequence[Image],
     output: pathlib.Path,
     *,
     batch_size: int = 64,
-) -> int:
-    """Classifies one part and writes it; returns how many images it had.
+    on_bad_image: str = "error",
+) -> tuple[int, int]:
+    """Classify the images of one part and write it; see `run_parts`.
+
+    Returns:
+        the number of images, and of those that could not be read.
+    """
+    rows = classify(predictor, plan, images, batch_size=batch_size, on_bad_image=on_bad_image)
+    unreadable = sum(row["error"] is not None for row in rows)
+    record = {"plan": dataclasses.asdict(plan), "part": number, "unreadable": unreadable}
+    files.write_atomically(part_path(output, number), _to_parquet(rows, record))
+    return len(images), unreadable
+
+
+def classify(
+    predictor: "Predictor",
+    plan: Plan,
+    images: Sequence[Image],
+    *,
+    batch_size: int = 64,
+    on_bad_image: str = "error",
+) -> list[dict[str, Any]]:
+    """Return rows with `COLUMNS`: `plan.top` of each image, the likeliest class first.
 
     Args:
-        predictor: of the artefact that the plan names.
-        plan: of the folder `output`.
-        number: of the part.
-        paths: the inputs that belong to it.
-        output: folder of the results.
+        predictor: of the artefact that the plan is of.
+        plan: names the instance.
+        images: to classify.
         batch_size: images that are classified at once.
+        on_bad_image: `error`, or `skip` for one row without a class whose `error` says what is wrong.
 
     Raises:
-        BadImageError: an image that cannot be used, where the plan says `error`; names it.
-        OSError: a file that cannot be opened, or a part that cannot be written.
+        BadImageError: an image that cannot be opened or decoded, where `on_bad_image` is `error`; names it.
     """
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
-        images = list(readers.map(_reader(predictor, plan.on_bad_image), paths))
-    write_part(part_path(output, number), _classify(predictor, plan, paths, images, batch_size))
-    return len(paths)
+    readers = concurrent.futures.ThreadPoolExecutor(_READERS)
+    try:
+        pixels = list(readers.map(_reader(predictor, on_bad_image), images))
+    finally:
+        readers.shutdown(cancel_futures=True)  # After an error or Ctrl-C, the other images are not read.
+    usable = [index for index, image in enumerate(pixels) if not isinstance(image, str)]
+    ranked: dict[int, Any] = {}
+    for start in range(0, len(usable), batch_size):
+        chosen = usable[start : start + batch_size]
+        batch = np.stack([pixels[index] for index in chosen])
+        ranked |= zip(chosen, predictor.predict_classes(batch, top=plan.top, instance=plan.instance))
+    rows = []
+    for index, image in enumerate(images):
+        row = dict.fromkeys(COLUMNS) | {"path": image.name, "rank": 1, "instance": plan.instance}
+        if index in ranked:
+            rows += [row | dataclasses.asdict(found) | {"rank": 1 + rank} for rank, found in enumerate(ranked[index])]
+        else:
+            rows.append(row | {"error": pixels[index]})
+    return rows
 
 
-def _reader(predictor: "Predictor", on_bad_image: str) -> Callable[[str], np.ndarray | str]:
-    """Returns what reads an image, or says what is wrong with it."""
+def _reader(predictor: "Predictor", on_bad_image: str) -> Callable[[Image], np.ndarray | str]:
+    """Return a function that reads an image, or returns what is wrong with it."""
 
-    def read(path):
+    def read(image):
         try:
-            return to_batch(path, predictor.image_shape, predictor.resize)[0]
-        except (BadImageError, OSError) as error:
-            if on_bad_image == "error":
-                raise
-            return error.reason if isinstance(error, BadImageError) else error.strerror or str(error)
+            return to_batch(image.file, predictor.image_shape, predictor.resize)[0]
+        except BadImageError as error:
+            reason = error.reason
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in a path.
+            reason = getattr(error, "strerror", None) or str(error)
+        if on_bad_image == "error":
+            raise BadImageError(reason, image.name)
+        return reason
 
     return read
 
 
-def _classify(predictor, plan, paths, images, batch_size) -> list[dict[str, Any]]:
-    """Returns a row for each path."""
-    rows = [dict(path=path, label=None, class_name=None, probability=None, instance=plan.instance) for path in paths]
-    for row, image in zip(rows, images):
-        row["error"] = image if isinstance(image, str) else None
-    sound = [index for index, image in enumerate(images) if not isinstance(image, str)]
-    for start in range(0, len(sound), batch_size):
-        chosen = sound[start : start + batch_size]
-        batch = np.stack([images[index] for index in chosen])
-        for index, (best,) in zip(chosen, predictor.predict_classes(batch, instance=plan.instance)):
-            rows[index] |= dataclasses.asdict(best)
-    return rows
-
-
-def write_part(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Writes rows as a Parquet file, whole or not at all."""
+def _to_parquet(rows, record) -> bytes:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    text, columns = pyarrow.string(), ("path", "label", "class_name", "probability", "instance", "error")
-    types = (text, pyarrow.int32(), text, pyarrow.float32(), text, text)
+    text, whole = pyarrow.string(), pyarrow.int32()
+    types = (text, whole, whole, text, pyarrow.float32(), text, text)
+    schema = pyarrow.schema(list(zip(COLUMNS, types)), metadata={_PLAN: json.dumps(record)})
     buffer = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(list(zip(columns, types)))), buffer)
-    files.write_atomically(path, buffer.getvalue().to_pybytes())
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), buffer, write_page_checksum=True)
+    return buffer.getvalue().to_pybytes()
+
+
+def join_parts(plan: Plan, parts: pathlib.Path, output: pathlib.Path) -> None:
+    """Write the parts in a folder as the one file `output`, by its ending, and remove them.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    import pyarrow.parquet as parquet
+
+    paths = [part_path(parts, number) for number in range(plan.num_parts)]
+    rows = [row for path in paths for row in parquet.ParquetFile(path).read().to_pylist()]
+    if output.suffix.lower() == ".parquet":
+        unreadable = sum(row["error"] is not None for row in rows)
+        content = _to_parquet(rows, {"plan": dataclasses.asdict(plan), "part": None, "unreadable": unreadable})
+    else:
+        content = _to_text(rows, output.suffix.lower()).encode()
+    files.write_atomically(output, content)
+    for path in paths:
+        path.unlink()
+    parts.rmdir()
+
+
+def _to_text(rows, ending) -> str:
+    for row in rows:
+        if row["probability"] is not None:
+            row["probability"] = round(row["probability"], 6)  # As text, a float32 would have ten digits of noise.
+    if ending == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
