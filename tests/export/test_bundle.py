@@ -88,6 +88,14 @@ def test_an_altered_loader_and_a_missing_file_are_named(whole, tmp_path):
         load(tmp_path / "copy")
 
 
+def test_an_export_of_links_is_loaded(whole, found, tmp_path):
+    (tmp_path / "links").mkdir()
+    for file in whole.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    images = nets.images_of(found, 2)
+    assert load(tmp_path / "links").classify(images, "full").shape == (2, 10)
+
+
 def test_the_loader_refuses_other_images_and_instances(whole, found):
     classifier, images = load(whole), nets.images_of(found, 2)
     assert nets.deviation(classifier.classify(images, "full"), nets.logits_of(found, images, FULL_RESOLUTION)) <= 1e-5

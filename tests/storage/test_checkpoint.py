@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -82,14 +83,34 @@ def test_arrays_are_verified_by_themselves_too(saved, monkeypatch):
         checkpoint.load(saved)
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link"])
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "arrays/../../outside"])
 def test_a_list_of_files_cannot_leave_the_folder(saved, name):
-    outside = saved.parent / "outside"
-    outside.write_text("x")
-    (saved / "link").symlink_to(outside)
+    (saved.parent / "outside").write_text("x")
     files = json.loads((saved / "files.json").read_text())
     (saved / "files.json").write_text(json.dumps(files | {name: [1, zlib.crc32(b"x")]}))
     with pytest.raises(checkpoint.CheckpointError, match=f"'{name}' lies outside of the folder"):
+        checkpoint.load(saved)
+
+
+def link_as_a_hub(folder, blobs):
+    """Move all files of a folder to `blobs`, and leave links to them, as the caches of hubs do."""
+    blobs.mkdir()
+    for number, file in enumerate(files_of(folder)):
+        file.rename(blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+
+
+def test_a_checkpoint_of_links_loads_and_is_replaced_without_touching_what_they_point_to(saved, tmp_path):
+    link_as_a_hub(saved, tmp_path / "blobs")
+    (tmp_path / "link").symlink_to(saved)
+    blobs = {file.name: file.read_bytes() for file in files_of(tmp_path / "blobs")}
+    chex.assert_trees_all_equal(checkpoint.load(tmp_path / "link")[0], ARRAYS)
+    checkpoint.save(tmp_path / "link", ARRAYS, {"second": True})
+    assert checkpoint.load(saved)[1] == {"second": True} and (tmp_path / "link").is_symlink()
+    assert {file.name: file.read_bytes() for file in files_of(tmp_path / "blobs")} == blobs
+    (saved / "record" / "metadata").unlink()
+    (saved / "record" / "metadata").symlink_to(tmp_path / "blobs" / "0")
+    with pytest.raises(checkpoint.CheckpointError, match=f"^{saved}: damaged: 'record/metadata' has"):
         checkpoint.load(saved)
 
 
