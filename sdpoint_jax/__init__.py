@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sdpoint_jax.instance import FULL_RESOLUTION as FULL_RESOLUTION
     from sdpoint_jax.instance import STEM as STEM
     from sdpoint_jax.instance import SDPointInstance as SDPointInstance
+    from sdpoint_jax.models.net import SDPointNet as SDPointNet
     from sdpoint_jax.models.registry import create_model as create_model
     from sdpoint_jax.profiling.macs import count_cost as count_cost
     from sdpoint_jax.serving.predictor import Predictor as Predictor
@@ -21,6 +22,7 @@ _HOMES = {
     "FULL_RESOLUTION": ("instance", "FULL_RESOLUTION"),
     "STEM": ("instance", "STEM"),
     "SDPointInstance": ("instance", "SDPointInstance"),
+    "SDPointNet": ("models.net", "SDPointNet"),
     "create_model": ("models.registry", "create_model"),
     "count_cost": ("profiling.macs", "count_cost"),
     "Predictor": ("serving.predictor", "Predictor"),

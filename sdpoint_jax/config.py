@@ -44,7 +44,9 @@ def default_config() -> ConfigDict:
     config.seed = 0  # Of parameters, draws and data order.
 
     config.model = ConfigDict()
-    config.model.name = "wrn16_1"  # See sdpoint_jax.models.
+    config.model.name = "wrn16_1"  # A net of sdpoint_jax.models; or module:Class, whose code is run.
+    config.model.args = ""  # Attributes of the net, as widths=(8, 16), depth=2.
+    config.model.downsampling = "avg"  # The operation at the points: avg, max, strided or blur; the paper's is avg.
     config.model.dtype = "float32"  # Of the computation: float32 or bfloat16.
     config.model.cross_device_norm = False  # Normalise in training over all devices, not on each by itself.
     config.model.norm_parameters = "shared"  # Scales and shifts of BatchNorm; or per_instance, after each one's point.
@@ -206,6 +208,7 @@ def _check_distillation(flat):
 
 _CHOICES = {
     "model.norm_parameters": ("shared", "per_instance"),
+    "model.downsampling": ("avg", "max", "strided", "blur"),
     "step_instances": ("sandwich", "full", "drawn"),
     "distillation_targets": ("full", "mean"),
     "optimizer": ("sgd", "adamw", "lamb"),
@@ -264,10 +267,16 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def named_net(record: Mapping[str, Any]) -> str | None:
     """Return the net that a record of a run, of imported weights or of an artefact names; None if it names none."""
+    return named_model(record)[0]
+
+
+def named_model(record: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the net that a record names, see `named_net`, and its attributes, see `config.model.args`."""
     try:
-        return upgrade(record.get("config", record))["model"]["name"]
+        model = upgrade(record.get("config", record))["model"]
+        return model["name"], model.get("args", "")
     except (LookupError, TypeError, AttributeError):
-        return None
+        return None, ""
 
 
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:

@@ -12,11 +12,10 @@ from ml_collections import ConfigDict
 from sdpoint_jax import data
 from sdpoint_jax.config import check_config, with_absolute_paths
 from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
-from sdpoint_jax.models.blocks import DEVICE_AXIS
 from sdpoint_jax.models.functional import normalize
-from sdpoint_jax.models.net import SDPointNet
+from sdpoint_jax.models.net import DEVICE_AXIS, SDPointNet
 from sdpoint_jax.models.norm_parameters import instances_with_own_norms, with_own_norms
-from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.registry import create_model, make_model, parse_args
 
 _SHOWN_CLASSES = 10
 
@@ -62,8 +61,13 @@ class Experiment:
         evaluation_batch_size: global; that of the config, rounded up to a multiple of all devices.
     """
 
-    def __init__(self, config: ConfigDict):
-        """Raises ValueError, in one line, for anything in `config` that does not fit."""
+    def __init__(self, config: ConfigDict, model: SDPointNet | type[SDPointNet] | None = None):
+        """Raise ValueError, in one line, for anything in `config` that does not fit.
+
+        Args:
+            config: See `config.default_config`.
+            model: The net, or its class, instead of `config.model.name` and `config.model.args`;
+        """
         check_config(config)
         config = self.config = with_absolute_paths(config)
         self.dataset = data.load_dataset(
@@ -81,13 +85,7 @@ class Experiment:
                     f"{self.dataset.channels} channels, one value each"
                 )
         self.preprocess = functools.partial(normalize, mean=config.dataset.mean, std=config.dataset.std)
-        self.model = create_model(
-            config.model.name,
-            self.dataset.num_classes,
-            dtype=config.model.dtype,
-            axis_name=DEVICE_AXIS if config.model.cross_device_norm else None,
-            remat=config.model.remat,
-        )
+        self.model = model_of_config(config, self.dataset.num_classes, model)
         self.model.check_image_size(config.dataset.image_size)
         self.instances = parse_instances(self.model, config.instances, config.points, config.ratios)
         check_sampling(config.sampling, self.instances)
@@ -220,6 +218,27 @@ def _some(names):
     return ", ".join(names[:_SHOWN_CLASSES]) + (
         f" and {more} more" if (more := len(names) - _SHOWN_CLASSES) > 0 else ""
     )
+
+
+def model_of_config(
+    config: ConfigDict, num_classes: int, given: SDPointNet | type[SDPointNet] | None = None
+) -> SDPointNet:
+    """Return the net that a config describes, or `given` with the attributes that the config sets.
+
+    Raises:
+        ValueError: The net is unknown, or lacks an attribute that the config sets.
+    """
+    attributes = {"downsampling": config.model.downsampling, "remat": config.model.remat}
+    if config.model.cross_device_norm:
+        attributes["axis_name"] = DEVICE_AXIS
+    try:
+        if given is None:
+            found = dict(dtype=config.model.dtype, args=config.model.args, **attributes)
+            return create_model(config.model.name, num_classes, **found)
+        attributes |= parse_args(config.model.args)
+        return make_model(given, num_classes, dtype=config.model.dtype, **attributes)
+    except ValueError as error:
+        raise ValueError(f"config.model: {error}") from error
 
 
 def check_variables(

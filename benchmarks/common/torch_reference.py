@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from sdpoint_jax.instance import STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec, ShortcutSpec
-from sdpoint_jax.models.registry import architecture
+from sdpoint_jax.models.resnet import architecture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

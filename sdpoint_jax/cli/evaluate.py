@@ -10,7 +10,7 @@ import functools
 import pathlib
 
 from sdpoint_jax.cli import config_flag, distributed, profile
-from sdpoint_jax.cli.parser import comma_separated
+from sdpoint_jax.cli.parser import add_model_flag, comma_separated
 from sdpoint_jax.instance import FULL_RESOLUTION
 
 
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-images", type=int, default=10_000, help="at most so many of them; by default %(default)s"
     )
+    add_model_flag(parser)
     distributed.add_arguments(parser)
 
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax import config as configs  # Late: JAX takes seconds.
     from sdpoint_jax import experiment, progress
     from sdpoint_jax.evaluation import cascades, sweep, table
+    from sdpoint_jax.models import registry
     from sdpoint_jax.programs import hosts
     from sdpoint_jax.storage import artefact, checkpoint
 
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
     config = given or configs.from_dict(record["config"])
     if args.split:
         config.dataset.test_split = args.split
+    if given is None:
+        registry.check_allowed(config.model.name, args.model, f"{args.workdir}: the run")
     for key in ("reestimate_batches", "reestimate_images"):
         if getattr(args, key) is not None:
             config[key] = getattr(args, key)
@@ -131,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
             print(cascades.format_table(found, rows))
             print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
     if batch_sizes:
-        profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes)
+        profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes, model=parts.model)
 
 
 def _params(args, arrays):

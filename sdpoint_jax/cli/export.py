@@ -11,10 +11,13 @@ one file of weights for all instances; safetensors, a folder per instance with t
 import argparse
 import pathlib
 
+from sdpoint_jax.cli.parser import add_model_flag
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
+    add_model_flag(parser)
     parser.add_argument("--output", required=True, type=pathlib.Path, help="folder to write, new or an export")
     parser.add_argument(
         "--instances",
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax.export import bundle  # Late: JAX takes seconds.
     from sdpoint_jax.storage import artefact
 
-    swept = artefact.load(args.artefact)
+    swept = artefact.load(args.artefact, args.model)
     instances = _instances(swept.rows, args.instances)
     formats = [name.strip() for name in args.format.split(",")]
     manifest = bundle.write(swept, instances, args.output, formats=formats, fold=args.fold)

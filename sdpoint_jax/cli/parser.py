@@ -8,6 +8,13 @@ from typing import Any, NoReturn
 FAILED = 2  # Exit code after any error.
 
 
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that allows a command to import a net of the user's own."""
+    parser.add_argument(
+        "--model", metavar="MODULE:CLASS", help="the artefact's net, where it is your own: its module's code is run"
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """Parses flags written with dashes, and with underscores too; an error is one line and exit code 2."""
 

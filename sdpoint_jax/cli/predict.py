@@ -16,10 +16,13 @@ import os
 import pathlib
 import sys
 
+from sdpoint_jax.cli.parser import add_model_flag
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
+    add_model_flag(parser)
     parser.add_argument("inputs", nargs="*", metavar="input", help="images, folders of images, or lists of images")
     parser.add_argument("--input", action="append", default=[], help="one more input")
     parser.add_argument("--output", default="-", help="folder or file for the results; - (default): print them")
@@ -153,7 +156,7 @@ def _prepare(args, part_size, exclude=()):
     if passed_over:
         listed = ", ".join(map(_printable, passed_over[:3])) + (", ..." if len(passed_over) > 3 else "")
         _say(f"passed over {_count(len(passed_over), 'file')} without an image: {listed}")
-    swept = artefact.load(args.artefact)
+    swept = artefact.load(args.artefact, args.model)
     row = swept.row(SDPointInstance.from_name(args.instance)) if args.instance else select(swept.rows, budget)
     plan = offline.make_plan(swept, row.instance, images, part_size=part_size, top=args.top)
     # To compile for a batch of 64 takes as long as for one, but a single photograph would be padded to 64.
@@ -206,4 +209,5 @@ def _on_ray(args, swept, plan, images, parts, missing):
         on_bad_image=args.on_bad_image,
         workers=args.workers,
         runtime=args.runtime,
+        model=args.model,
     )

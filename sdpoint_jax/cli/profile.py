@@ -16,9 +16,9 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdpoint_jax.cli.parser import comma_separated
+from sdpoint_jax.cli.parser import add_model_flag, comma_separated
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _LIBRARIES = {"xla": ("jax", "jaxlib", "numpy", "sdpoint_jax"), "onnxruntime": (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
+    add_model_flag(parser)
     parser.add_argument("--batch-sizes", default=_BATCH_SIZES, help=f"images of one call; {_BATCH_SIZES} by default")
     parser.add_argument(
         "--instances",
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax.profiling.latency import Effort  # Late: JAX takes seconds.
 
     effort = Effort(repeats=args.repeats, seconds=args.seconds)
-    profile_artefact(args.artefact, batch_sizes, args.instances, effort, args.runtime)
+    profile_artefact(args.artefact, batch_sizes, args.instances, effort, args.runtime, args.model)
 
 
 def parse_batch_sizes(text: str, flag: str) -> tuple[int, ...]:
@@ -104,6 +105,7 @@ def profile_artefact(
     instances: str = "all",
     effort: "Effort | None" = None,
     runtime: str = "all",
+    model: Any = None,
 ) -> None:
     """Times instances of an artefact, writes the latencies into its table and its sweep's files, and prints them.
 
@@ -113,6 +115,7 @@ def profile_artefact(
         instances: `all`, `pareto`, or names with commas between them.
         effort: how long to measure.
         runtime: `xla`, `onnxruntime`, or `all`: those of them that do.
+        model: The artefact's net, where it is a user's own; see `artefact.load`.
 
     Raises:
         CheckpointError: there is no sound artefact at `path`.
@@ -128,7 +131,7 @@ def profile_artefact(
     from sdpoint_jax.storage.lock import FolderLock
 
     path = pathlib.Path(path)
-    swept = artefact.load(path)
+    swept = artefact.load(path, model)
     chosen = _find_instances(swept, instances)
     runtimes = make_runtimes(swept, runtime)
     device = runtimes[0].device

@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 
-from sdpoint_jax.cli.parser import comma_separated
+from sdpoint_jax.cli.parser import add_model_flag, comma_separated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("artefact", help="as runs/digits/sweep/artefact")
+    add_model_flag(parser)
     parser.add_argument("--objective-ms", type=float, default=100.0, help="time for an answer; 100 by default")
     parser.add_argument("--policy", default="headroom", help="how instances are chosen; see the controller")
     parser.add_argument("--instances", default="pareto", help="pareto (default), all, or names with commas between")
@@ -55,6 +56,7 @@ def _settings(args):
         max_upload_mb=args.max_upload_mb,
         device=args.device,
         runtime=args.runtime,
+        model=args.model,
     )
 
 

@@ -135,7 +135,7 @@ def evaluate_cascades(
     """
     output = pathlib.Path(output)
     with FolderLock(output, "output folder"):
-        swept = artefact.load(output / artefact.ARTEFACT)
+        swept = artefact.load(output / artefact.ARTEFACT, experiment.model)
         instances = list(dict.fromkeys(itertools.chain(*plan.cascades))) or [row.instance for row in swept.rows]
         statistics = share_statistics(experiment.model, {i: swept.batch_stats[i] for i in instances})
         evaluator = _evaluator(experiment, instances)

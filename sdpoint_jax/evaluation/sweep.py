@@ -348,4 +348,7 @@ def _artefact(experiment, params, statistics, rows, split, imported, source):
         to_dict(config),
         SweepSettings(config.model.name, dataset.name, split, batches, images, config.model.dtype),
         source=source,
+        model_args=config.model.args,
+        downsampling=config.model.downsampling,
+        given_model=experiment.model,
     )

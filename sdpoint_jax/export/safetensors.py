@@ -17,9 +17,9 @@ from flax import traverse_util
 
 from sdpoint_jax.instance import STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
-from sdpoint_jax.models.blocks import NORM_EPSILON
 from sdpoint_jax.models.norm_parameters import params_for
-from sdpoint_jax.models.registry import ARCHITECTURES, architecture, create_model
+from sdpoint_jax.models.registry import model_of
+from sdpoint_jax.models.resnet import ARCHITECTURES, NORM_EPSILON, architecture
 from sdpoint_jax.models.torch_import import torch_tensors
 from sdpoint_jax.programs.layout import channels_first
 from sdpoint_jax.storage.artefact import Artefact
@@ -65,7 +65,7 @@ def state_dict(swept: Artefact, instance: SDPointInstance, *, fold: bool = False
             of the BatchNorm, which is to be an identity then, are left out. One that comes before ReLU and convolution,
             as in pre-activation nets, stays.
     """
-    model = create_model(swept.model, swept.num_classes)
+    model = model_of(swept)
     names = {tensor.path: name for name, tensor in torch_tensors(model, swept.image_shape[-1]).items()}
     variables = {"params": params_for(swept.params, instance), "batch_stats": swept.batch_stats[instance]}
     arrays = traverse_util.flatten_dict(variables)
@@ -152,6 +152,6 @@ def _pool(swept: Artefact, instance: SDPointInstance) -> dict[str, str] | None:
 
 def _block(swept: Artefact, point: int) -> str:
     """Returns PyTorch's name of the block that ends at `point`, as `layer2.0`."""
-    tensors = torch_tensors(create_model(swept.model, swept.num_classes), swept.image_shape[-1])
+    tensors = torch_tensors(model_of(swept), swept.image_shape[-1])
     kernel = ("params", f"block_{point:02d}", "conv1", "kernel")
     return next(name.removesuffix(".conv1.weight") for name, tensor in tensors.items() if tensor.path == kernel)

@@ -17,7 +17,7 @@ from flax import traverse_util
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.norm_parameters import own_params, params_for
-from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.registry import model_of
 from sdpoint_jax.models.target import ANY, Target, programs_for
 from sdpoint_jax.programs.devices import shapes_of
 from sdpoint_jax.programs.inference import classify
@@ -69,7 +69,7 @@ def export_program(
     Returns:
         (parameters, statistics, images [B, H, W, C]) -> logits [B, K], for any B; see above.
     """
-    model = create_model(swept.model, swept.num_classes, dtype=swept.dtype)
+    model = model_of(swept)
     preprocess = functools.partial(normalize, mean=swept.mean, std=swept.std)
 
     def program(params, batch_stats, images):

@@ -31,6 +31,14 @@ from sdpoint_jax.models.pool import adaptive_max_pool, max_pool
 from sdpoint_jax.models.shared_trace import apply_block
 
 PyTree = Any
+DEVICE_AXIS = "devices"  # Axis over which programs map devices, and over which BatchNorm can normalise.
+
+
+class TorchTensor(NamedTuple):
+    """Name and shape of a PyTorch tensor that is no weight or bias of a layer."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 class PartNames(NamedTuple):
@@ -193,6 +201,26 @@ class SDPointNet(nn.Module, kw_only=True):
                 f"image size {size[0]}x{size[1]}: too small for the net, which needs sides of at least "
                 f"{self.min_image_size}"
             )
+
+    def torch_names(self, dialect: str) -> dict[str, str | TorchTensor]:
+        """Return PyTorch's name of each layer by ours, as in {"stem/conv": "conv1"}, to import and export weights.
+
+        Args:
+            dialect: `torchvision` or `timm`, where their names differ.
+
+        Returns:
+            PyTorch's modules by the paths of our layers. A parameter that is no weight or bias of a layer, such as a
+            position embedding, is listed by its own path, with the tensor's name and shape.
+
+        Raises:
+            ValueError: The network has no names of this dialect.
+        """
+        raise ValueError(f"{type(self).__name__}: has no names of {dialect}; a net's method torch_names gives them")
+
+    @property
+    def classifier(self) -> str:
+        """Path of the layer that `reset_head` draws again for other classes."""
+        return f"{self.part_names.head}/dense"
 
     def _check_state(self, x, before, part):
         """Check what a part returned: a state of the same structure, none of whose axes has become empty."""

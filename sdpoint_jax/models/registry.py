@@ -1,125 +1,206 @@
-"""The nets by name: `create_model("preresnet101", num_classes=1000)`."""
+"""The nets by name: `create_model("preresnet101", num_classes=1000)`, or `create_model("mynets:VGG", num_classes=10)`.
 
+A family is a module of this package with `NAMES`, the names of its nets; `PATTERNS`, names with numbers to fill in; and
+`create(name, **attributes)`, which returns None for a name that is not its own.
+"""
+
+import ast
 import dataclasses
-import re
-from typing import Any, get_args
+import difflib
+import importlib
+import os
+import sys
+from typing import Any, Protocol
 
 import jax.numpy as jnp
+from flax import linen as nn
 
-from sdpoint_jax.models.architecture import Architecture, ShortcutKind
-from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.models import resnet
+from sdpoint_jax.models.net import SDPointNet
 
-_IMAGENET_DEPTHS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-    200: (3, 24, 36, 3),
-}
-
-
-def _imagenet(depth, **kwargs):
-    bottleneck = depth >= 50
-    return Architecture(_IMAGENET_DEPTHS[depth], 64, 256 if bottleneck else 64, bottleneck, **kwargs)
-
-
-def _grouped(depth, groups, width):
-    """Makes a net of torchvision's: `groups` groups, each `width` wide in the first stage."""
-    return Architecture(_IMAGENET_DEPTHS[depth], groups * width, 256, bottleneck=True, groups=groups)
-
-
-def _resnet(depth, width=16):
-    """Makes the net of He et al. 2016, section 4.2: shortcuts without parameters, option A; theirs are 16 wide."""
-    blocks = (depth - 2) // 6
-    return Architecture((blocks,) * 3, width, width, stem=width, imagenet_stem=False, shortcut="padded_identity")
-
-
-def _preresnet(depth, *, bottleneck=False):
-    blocks, features = (depth - 2) // (9 if bottleneck else 6), 64 if bottleneck else 16
-    return Architecture(
-        (blocks,) * 3, 16, features, bottleneck, True, stem=16, imagenet_stem=False, shortcut="projection"
-    )
-
-
-def _wide(depth, width):
-    blocks, features = (depth - 4) // 6, 16 * width
-    return Architecture(
-        (blocks,) * 3, features, features, False, True, stem=16, imagenet_stem=False, shortcut="projection"
-    )
-
-
-ARCHITECTURES = {
-    **{f"resnet{depth}": _imagenet(depth) for depth in (18, 34, 50, 101, 152)},
-    **{f"preresnet{depth}": _imagenet(depth, preactivation=True) for depth in (18, 34, 50, 101, 152, 200)},
-    **{f"resnext{depth}": _grouped(depth, 32, 4) for depth in (50, 101, 152)},
-    **{f"resnet{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110, 1202)},
-    **{f"preresnet{depth}": _preresnet(depth) for depth in (20, 56, 110)},
-    "preresnet164": _preresnet(164, bottleneck=True),
-    "resnext29_8x64d": Architecture((3, 3, 3), 512, 256, True, imagenet_stem=False, groups=8),
-    "wrn28_10": _wide(28, 10),
-}
-# The names of torchvision and timm: of the same nets, and of more that differ in the width of their blocks alone.
-ARCHITECTURES |= {
-    **{f"resnext{depth}_32x4d": ARCHITECTURES[f"resnext{depth}"] for depth in (50, 101, 152)},
-    "resnext101_32x8d": _grouped(101, 32, 8),
-    "resnext101_64x4d": _grouped(101, 64, 4),
-    "wide_resnet50_2": _grouped(50, 1, 128),
-    "wide_resnet101_2": _grouped(101, 1, 128),
-}
-
+FAMILIES = (resnet,)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def architecture(name: str) -> Architecture:
-    """Returns the row of the table called `name`.
+class NamesModel(Protocol):
+    """What names a net: an artefact or the `model` of a config.
+
+    Attributes:
+        model: Name of the net, see `create_model`.
+        model_args: Its attributes, see `create_model`.
+        downsampling: Operation at the points.
+        dtype: Type of the computation.
+        num_classes: Number of classes, K.
+        given_model: The net's class or the net itself, if the user gave it instead of a name to import.
+    """
+
+    model: str
+    model_args: str
+    downsampling: str
+    dtype: str
+    num_classes: int
+    given_model: Any
+
+
+def model_names() -> tuple[str, ...]:
+    """Return the names of all nets of all families."""
+    return tuple(name for family in FAMILIES for name in family.NAMES)
+
+
+def create_model(
+    name: str, num_classes: int, *, dtype: Any = jnp.float32, args: str = "", **attributes: Any
+) -> SDPointNet:
+    """Return the net called `name`.
 
     Args:
-        name: a key of `ARCHITECTURES`; or `wrn{depth}_{width}`, a WRN of any depth 6n + 4 and width; or
-            `resnet{depth}_w{width}`, a ResNet for small images of any depth 6n + 2 with `width` channels in its first
-            stage instead of 16. With the ending `_` and a kind of shortcut, as in `resnet20_projection_norm`, it is
-            the same net with that shortcut. What follows a dot is timm's name for the weights, as in
-            `resnet50.a1_in1k`, and means nothing here.
+        name: One of `model_names()` or of the patterns of a family; what follows a dot is timm's name of the weights,
+            as in `resnet50.a1_in1k`, and has no effect. Or `module:Class`, a subclass of `SDPointNet`: the module is
+            imported, so its code runs.
+        num_classes: Number of classes, K, at least 1.
+        dtype: Type of the computation, float32 or bfloat16 (also as a string); parameters and statistics are float32.
+        args: Attributes of the net as Python writes keyword arguments, as in `widths=(8, 16), depth=2`.
+        **attributes: Further attributes.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: An unknown name, attribute or dtype, or no positive number of classes.
     """
+    if ":" in name:
+        return make_model(import_class(name), num_classes, dtype=dtype, **parse_args(args), **attributes)
+    dtype = _check(num_classes, dtype)
+    given = parse_args(args) | attributes
     known = name.partition(".")[0]
-    kind = next((kind for kind in get_args(ShortcutKind) if known.endswith(f"_{kind}")), None)
-    known = known.removesuffix(f"_{kind}")
-    wide = re.fullmatch(r"wrn([0-9]+)_([0-9]+)", known)
-    narrow = re.fullmatch(r"resnet([0-9]+)_w([0-9]+)", known)
-    if known in ARCHITECTURES:
-        found = ARCHITECTURES[known]
-    elif wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
-        found = _wide(int(wide[1]), int(wide[2]))
-    elif narrow and int(narrow[1]) >= 8 and int(narrow[1]) % 6 == 2 and int(narrow[2]) >= 1:
-        found = _resnet(int(narrow[1]), int(narrow[2]))
-    else:
-        raise ValueError(
-            f"model {name!r}: known are {', '.join(ARCHITECTURES)}, wrn{{depth}}_{{width}} of depth 6n + 4 >= 10 and "
-            f"resnet{{depth}}_w{{width}} of depth 6n + 2 >= 8; with another shortcut after an underscore, "
-            f"{' or '.join(get_args(ShortcutKind))}"
-        )
-    return dataclasses.replace(found, shortcut=kind) if kind else found
+    for family in FAMILIES:
+        model = family.create(known, num_classes=num_classes, dtype=dtype)
+        if model is not None:
+            _check_attributes(type(model), given)
+            return model.clone(**given)
+    raise ValueError(f"model {name!r}: {_nearest(known, model_names())}; or module:Class, a net of your own")
 
 
-def create_model(name: str, num_classes: int, *, dtype: Any = jnp.float32, **kwargs: Any) -> ResNet:
-    """Makes the net called `name`.
-
-    Args:
-        name: see `architecture`.
-        num_classes: K, at least 1.
-        dtype: of the computation, float32 or bfloat16 (also as a string); parameters and statistics are float32.
-        **kwargs: attributes of `ResNet`.
+def make_model(
+    made_from: type[SDPointNet] | SDPointNet, num_classes: int, *, dtype: Any = jnp.float32, **attributes: Any
+) -> SDPointNet:
+    """Return a user's net from its class, or from a net of the class, whose own attributes then are the defaults.
 
     Raises:
-        ValueError: unknown name, number of classes or dtype.
+        ValueError: It is not an `SDPointNet`, lacks an attribute, or is a net of another number of classes.
     """
+    dtype = _check(num_classes, dtype)
+    cls = made_from if isinstance(made_from, type) else type(made_from)
+    if not issubclass(cls, SDPointNet):
+        raise ValueError(f"model {made_from!r}: needs a subclass of sdpoint_jax.SDPointNet")
+    # A class that computes in float32 alone needs no dtype; one that is asked for something else does.
+    if dtype != jnp.float32 or _has_field(cls, "dtype"):
+        attributes = {"dtype": dtype, **attributes}
+    _check_attributes(cls, attributes)
+    if isinstance(made_from, SDPointNet):
+        if made_from.num_classes != num_classes:
+            raise ValueError(f"model {cls.__name__}: has {made_from.num_classes} classes, needs {num_classes}")
+        if dtype == jnp.float32:
+            attributes.pop("dtype", None)
+        return made_from.clone(**attributes)
+    try:
+        return cls(num_classes=num_classes, **attributes)
+    except TypeError as error:  # An attribute without a default.
+        raise ValueError(f"model {name_of(cls)}: {error}; set config.model.args") from None
+
+
+def model_of(named: NamesModel) -> SDPointNet:
+    """Return the net of an artefact.
+
+    Raises:
+        ValueError: It is a user's net, `module:Class`, and the user has not given it: to import it would run its code.
+    """
+    check_allowed(named.model, named.given_model, "the artefact")
+    attributes = {"downsampling": named.downsampling}
+    if named.given_model is None or isinstance(named.given_model, str):
+        return create_model(named.model, named.num_classes, dtype=named.dtype, args=named.model_args, **attributes)
+    attributes |= {} if isinstance(named.given_model, SDPointNet) else parse_args(named.model_args)
+    return make_model(named.given_model, named.num_classes, dtype=named.dtype, **attributes)
+
+
+def check_allowed(name: str, given: Any, where: str) -> None:
+    """Raise ValueError if a file names a net whose module would be imported, and the user has not given that net."""
+    if ":" in name and given is None:
+        raise ValueError(
+            f"{where} names the net {name}, whose code would run: allow it with --model={name}, or model= in Python"
+        )
+    if isinstance(given, str) and given != name:
+        raise ValueError(f"--model={given}: {where} names the net {name}")
+
+
+def name_of(cls: type) -> str:
+    """Return the name by which `create_model` imports a class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def import_class(name: str) -> type[SDPointNet]:
+    """Import the class called `module:Class`, also from the working directory.
+
+    Raises:
+        ValueError: There is no such module or class, or it is not an `SDPointNet`.
+    """
+    module_name, _, class_name = name.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # Last, so that a file there hides no installed package.
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        where = "the module must be installed or in the working directory"
+        raise ValueError(f"model {name!r}: {error}; {where}") from error
+    except (ValueError, TypeError):
+        raise ValueError(f"model {name!r}: give module:Class, as mynets:VGG") from None
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type) or not issubclass(found, SDPointNet):
+        nets = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, SDPointNet)]
+        own = [key for key in nets if getattr(module, key).__module__ == module.__name__]
+        raise ValueError(
+            f"model {name!r}: {module_name} has no subclass of sdpoint_jax.SDPointNet of this name; "
+            f"it has {', '.join(own) or 'none at all'}"
+        )
+    return found
+
+
+def parse_args(args: str) -> dict[str, Any]:
+    """Return the keyword arguments that a text such as `widths=(8, 16), depth=2` gives; literals alone.
+
+    Raises:
+        ValueError: The text is something else.
+    """
+    try:
+        call = ast.parse(f"net({args})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"model.args {args!r}: give keyword arguments, as widths=(8, 16), depth=2") from None
+
+
+def _check(num_classes, dtype):
     if num_classes < 1:
         raise ValueError(f"num_classes {num_classes}: at least 1")
     if str(dtype) not in _DTYPES and dtype not in _DTYPES.values():
         raise ValueError(f"dtype {dtype!r}: valid are {', '.join(_DTYPES)}")
-    return ResNet(
-        architecture=architecture(name), num_classes=num_classes, dtype=_DTYPES.get(str(dtype), dtype), **kwargs
-    )
+    return _DTYPES.get(str(dtype), dtype)
+
+
+def _fields(cls):
+    names = (field.name for field in dataclasses.fields(cls) if field.init)
+    return [name for name in names if name not in ("parent", "name", "num_classes")]
+
+
+def _has_field(cls, name):
+    return name in _fields(cls)
+
+
+def _check_attributes(cls: type[nn.Module], attributes):
+    for name in attributes:
+        if not _has_field(cls, name):
+            raise ValueError(f"model {cls.__name__}: has no attribute {name!r}: {_nearest(name, _fields(cls))}")
+
+
+def _nearest(name, names, count=6):
+    nearest = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    listed = [*nearest, *(other for other in names if other not in nearest)]
+    more = f", ... ({len(listed)} in all)" if len(listed) > 2 * count else ""
+    return f"valid are {', '.join(listed[: 2 * count])}{more}"

@@ -7,6 +7,7 @@ Both name their tensors alike, and so does timm: `conv1`, `bn1`, `layer1.0.conv1
 `linear` to `fc`. Pickled files need PyTorch, `.safetensors` files do not.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,18 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpoint_jax.models.blocks import Head
-from sdpoint_jax.models.net import SDPointNet
+from sdpoint_jax.models.net import SDPointNet, TorchTensor
 from sdpoint_jax.models.registry import create_model
 
 _PICKLED = (".pth.tar", ".pth", ".pt", ".th", ".bin")
 _SAFE = ".safetensors"
 _SAFE_TORCH = "2.6"  # Before, weights_only could be tricked into running code (CVE-2025-32434).
 _DATA_PARALLEL = "module."
-_HEAD = ("fc.weight", "fc.bias")
+DIALECTS = ("torchvision", "timm")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 # From PyTorch's axes (OIHW, OI) to ours (HWIO, IO).
@@ -38,6 +37,7 @@ class _Tensor(NamedTuple):
 
     shape: tuple[int, ...]
     path: tuple[str, ...]
+    ours: tuple[int, ...] | None = None  # Shape of our variable, of the same order of axes; None for a layer's.
 
 
 def import_torch_state_dict(
@@ -60,21 +60,20 @@ def import_torch_state_dict(
         ValueError: tensors are missing, surplus, of a wrong shape or type, or not finite; names all of them.
     """
     state_dict = _without_prefix(state_dict)
-    wanted = torch_tensors(model, channels)
-    features = wanted["fc.weight"].shape[1]
+    wanted = torch_tensors(model, channels, dialect_of(state_dict, model, channels))
+    head = {name for name, tensor in wanted.items() if "/".join(tensor.path[1:-1]) == model.classifier}
     if reset_head:
-        wanted = {name: tensor for name, tensor in wanted.items() if name not in _HEAD}
-        state_dict = {name: array for name, array in state_dict.items() if name not in _HEAD}
+        wanted = {name: tensor for name, tensor in wanted.items() if name not in head}
+        state_dict = {name: array for name, array in state_dict.items() if name not in head}
     arrays = {name: _float32(state_dict[name]) for name in sorted(wanted) if name in state_dict}
-    if faults := list(_faults(state_dict, wanted, arrays)):
+    if faults := list(_faults(state_dict, wanted, arrays, head)):
         raise ValueError(f"the state dict does not fit the net: {'; '.join(faults)}")
     floats = {name: array for name, array in arrays.items() if array is not None}
     variables = {
-        tensor.path: np.ascontiguousarray(floats[name].transpose(_AXES[len(tensor.shape)]))
-        for name, tensor in wanted.items()
+        tensor.path: np.ascontiguousarray(_from_torch(floats[name], tensor)) for name, tensor in wanted.items()
     }
     if reset_head:
-        variables |= _new_head(model, features, seed)
+        variables |= _new_head(model, channels, seed)
     return unflatten_dict(variables)
 
 
@@ -111,34 +110,34 @@ def _some(names, count=6):
     return f"{listed}, ..." if len(names) > count else listed
 
 
-def torch_tensors(model: SDPointNet, channels: int = 3) -> dict[str, _Tensor]:
+def torch_tensors(model: SDPointNet, channels: int = 3, dialect: str = "torchvision") -> dict[str, _Tensor]:
     """Lists every variable of `model` by PyTorch's name, with its shape there and its path in our variables."""
-    side = model.architecture.min_image_size
-    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    tensors = {}
-    for path, leaf in flatten_dict(variables).items():
-        ours_to_theirs = np.argsort(_AXES[leaf.ndim])
-        shape = tuple(leaf.shape[axis] for axis in ours_to_theirs)
-        tensors[_torch_name(path[1:], model.architecture.depths)] = _Tensor(shape, path)
+    names, tensors = model.torch_names(dialect), {}
+    for path, leaf in flatten_dict(_shapes(model, channels)).items():
+        _, *layer, last = path
+        found = names.get("/".join(path[1:])) or names["/".join(layer)]
+        if isinstance(found, TorchTensor):
+            tensors[found.name] = _Tensor(found.shape, path, leaf.shape)
+            continue
+        shape = tuple(leaf.shape[axis] for axis in np.argsort(_AXES[leaf.ndim]))
+        tensors[f"{found}.{_LEAVES[last]}"] = _Tensor(shape, path)
     return tensors
 
 
-def _torch_name(path, depths):
-    *parts, layer, leaf = path
-    return f"{_torch_layer(parts[0], layer, depths)}.{_LEAVES[leaf]}"
+def dialect_of(state_dict: Mapping[str, Any], model: SDPointNet, channels: int = 3) -> str:
+    """Return whose names most tensors of a state dict have, `torchvision` or `timm`."""
+    known = {dialect: len(state_dict.keys() & torch_tensors(model, channels, dialect)) for dialect in DIALECTS}
+    return max(known, key=lambda dialect: known[dialect])
 
 
-def _torch_layer(part, layer, depths):
-    if part == "stem":
-        return {"conv": "conv1", "norm": "bn1"}[layer]
-    if part == "head":
-        return {"norm": "bn2", "dense": "fc"}[layer]
-    k = int(part.removeprefix("block_"))
-    starts = list(itertools.accumulate(depths, initial=0))
-    stage = next(stage for stage, end in enumerate(starts[1:]) if k <= end)
-    layer = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}.get(layer, layer.replace("norm", "bn"))
-    return f"layer{stage + 1}.{k - starts[stage] - 1}.{layer}"
+def _from_torch(array, tensor):
+    return array.transpose(_AXES[array.ndim]) if tensor.ours is None else array.reshape(tensor.ours)
+
+
+def _shapes(model, channels):
+    side = max(model.min_image_size, 32)
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def _without_prefix(state_dict):
@@ -159,7 +158,7 @@ def _float32(array) -> np.ndarray | None:
         return array.astype(np.float32)
 
 
-def _faults(state_dict, wanted, arrays) -> Iterator[str]:
+def _faults(state_dict, wanted, arrays, head) -> Iterator[str]:
     found = {name for name in state_dict if not name.endswith(".num_batches_tracked")}
     if missing := sorted(wanted.keys() - found):
         yield f"missing {', '.join(missing)}"
@@ -170,24 +169,24 @@ def _faults(state_dict, wanted, arrays) -> Iterator[str]:
     arrays = {name: array for name, array in arrays.items() if array is not None}
     if misshapen := [name for name, array in arrays.items() if array.shape != wanted[name].shape]:
         yield "wrong shape " + ", ".join(f"{name} {arrays[name].shape}, not {wanted[name].shape}" for name in misshapen)
-    if _has_other_classes(arrays, wanted):
+    if any(name in head for name in misshapen):
         yield "another number of classes is imported only with reset_head (--reset-head), which draws a new classifier"
     if infinite := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         yield f"not finite {', '.join(infinite)}"
 
 
-def _has_other_classes(arrays, wanted):
-    return (
-        all("fc.bias" in tensors for tensors in (arrays, wanted)) and arrays["fc.bias"].shape != wanted["fc.bias"].shape
-    )
-
-
-def _new_head(model, features, seed):
-    """Draws a classifier as the net does; returns its paths and arrays."""
-    head = Head(model.architecture, model.num_classes, nn.BatchNorm)
-    variables = head.init(jax.random.key(seed), jnp.zeros((1, 1, 1, features)), False)
-    dense = jax.device_get(variables["params"]["dense"])
-    return {("params", "head", "dense", leaf): np.asarray(array) for leaf, array in dense.items()}
+def _new_head(model, channels, seed):
+    """Draw a classifier as the net does; return its paths and arrays."""
+    variables = _shapes(model, channels)
+    side = max(model.min_image_size, 32)
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    last = functools.partial(model.apply, point=model.num_blocks, train=False, method="prefix")
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(last, variables, images))
+    part, *path = model.classifier.split("/")
+    head = model.bind({}).head.clone(parent=None, name=None)
+    drawn = jax.jit(functools.partial(head.init, train=False))(jax.random.key(seed), state)["params"]
+    layer = jax.device_get(functools.reduce(lambda tree, name: tree[name], path, drawn))
+    return {("params", part, *path, leaf): np.asarray(array) for leaf, array in layer.items()}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Any]:
@@ -268,7 +267,7 @@ def import_file(
         ValueError, OSError, ImportError: see the functions that do it.
     """
     state_dict = rename_tensors(_without_prefix(read_state_dict(path)), renames)
-    num_classes = _count_classes(state_dict, path) if num_classes is None else num_classes
+    num_classes = _count_classes(state_dict, path, create_model(name, 1)) if num_classes is None else num_classes
     model = create_model(name, num_classes)
     variables = import_torch_state_dict(state_dict, model, channels=channels, reset_head=reset_head)
     source = {"imported_from": Path(path).name, "reset_head": reset_head}
@@ -276,11 +275,13 @@ def import_file(
     return variables, record
 
 
-def _count_classes(state_dict, path):
-    bias = _without_prefix(state_dict).get("fc.bias")
-    if np.ndim(bias) != 1:
+def _count_classes(state_dict, path, model):
+    names = [model.torch_names(dialect)[model.classifier] for dialect in DIALECTS]
+    biases = (state_dict.get(f"{name}.bias") for name in names)
+    bias = next((bias for bias in biases if np.ndim(bias) == 1), None)
+    if bias is None:
         raise ValueError(
-            f"{path}: has no vector fc.bias to tell the number of classes; --rename=OLD:fc if the classifier has "
-            "another name, or --num-classes"
+            f"{path}: has no vector {names[0]}.bias to tell the number of classes; --rename=OLD:{names[0]} if the "
+            "classifier has another name, or --num-classes"
         )
     return len(bias)

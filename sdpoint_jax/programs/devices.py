@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from sdpoint_jax.models import target
-from sdpoint_jax.models.blocks import DEVICE_AXIS
+from sdpoint_jax.models.net import DEVICE_AXIS
 from sdpoint_jax.programs import cache
 
 AXIS = DEVICE_AXIS

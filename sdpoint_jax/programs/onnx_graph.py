@@ -16,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec, ShortcutSpec
-from sdpoint_jax.models.blocks import NORM_EPSILON
 from sdpoint_jax.models.norm_parameters import own_params, params_for
 from sdpoint_jax.models.pool import averaging_matrix, downsampled_size, window_cells
 from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import NORM_EPSILON
 from sdpoint_jax.programs.layout import channels_first
 from sdpoint_jax.storage.artefact import Artefact
 

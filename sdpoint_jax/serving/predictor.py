@@ -16,7 +16,7 @@ from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.models.cascade import Cascade, CascadeRow, select_cascade
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.norm_parameters import params_for
-from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.registry import model_of
 from sdpoint_jax.programs.cascade import CascadePrograms
 from sdpoint_jax.programs.inference import InferencePrograms
 from sdpoint_jax.programs.onnx_sessions import OnnxSessions, check_onnxruntime
@@ -89,7 +89,7 @@ class Predictor:
         self.class_names, self.image_shape = swept.class_names, swept.image_shape
         local = jax.local_devices()
         chosen = devices or (local if local[0].platform != "cpu" else local[:1])
-        model = create_model(swept.model, swept.num_classes, dtype=swept.dtype)
+        model = model_of(swept)
         preprocess = functools.partial(normalize, mean=swept.mean, std=swept.std)
         self._replicas = [_Replica(swept, model, preprocess, device) for device in chosen]
         self.runtimes = _find_runtimes(runtime, swept.dtype, chosen)
@@ -106,9 +106,19 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, runtime: str = "auto", *, devices: Sequence[jax.Device] | None = None
+        cls,
+        path: str | os.PathLike,
+        runtime: str = "auto",
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        model: Any = None,
     ) -> "Predictor":
-        """Loads and verifies the artefact at `path`, as `runs/digits/sweep/artefact`; arguments as of the constructor.
+        """Load and verify the artefact at `path`, as `runs/digits/sweep/artefact`.
+
+        Args:
+            path: Folder of the artefact.
+            runtime, devices: See the constructor.
+            model: The net, its class or its name `module:Class`, if it is a user's own; see `artefact.load`.
 
         Raises:
             CheckpointError: there is none, it is damaged or of a newer format, or it is a checkpoint without
@@ -116,7 +126,7 @@ class Predictor:
             ValueError: the runtime is unknown, or does not do.
             ImportError: it is not installed.
         """
-        return cls(artefact.load(path), runtime=runtime, devices=devices)
+        return cls(artefact.load(path, model), runtime=runtime, devices=devices)
 
     @property
     def instances(self) -> tuple[SDPointInstance, ...]:

@@ -27,6 +27,7 @@ def run_parts(
     on_bad_image: str = "error",
     workers: int | None = None,
     runtime: str = "auto",
+    model: str | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Classify parts and write them; yield for each part what `offline.run_part` returns.
 
@@ -42,6 +43,7 @@ def run_parts(
         on_bad_image: see `offline.classify`.
         workers: predictors, a process each; by default one per GPU or TPU chip of the cluster, or one per machine.
         runtime: of each predictor; see `Predictor`.
+        model: The artefact's net, where it is a user's own; every worker imports its module.
 
     Raises:
         BadImageError: an image that cannot be opened or decoded, where `on_bad_image` is `error`; names it.
@@ -53,7 +55,7 @@ def run_parts(
     parts = [{"number": number, **_to_columns(images[plan.part(number)])} for number in numbers]
     done = ray.data.from_items(parts, override_num_blocks=len(parts)).map(
         _Worker,
-        fn_constructor_args=(artefact, plan, str(output), batch_size, on_bad_image, runtime),
+        fn_constructor_args=(artefact, plan, str(output), batch_size, on_bad_image, runtime, model),
         compute=ray.data.ActorPoolStrategy(size=min(workers or count, len(parts))),
         num_cpus=1,
         num_gpus=1 if kind == "GPU" else None,
@@ -78,7 +80,7 @@ def _to_columns(images):
 class _Worker:
     """One process with one predictor."""
 
-    def __init__(self, artefact, plan, output, batch_size, on_bad_image, runtime):
+    def __init__(self, artefact, plan, output, batch_size, on_bad_image, runtime, model):
         from sdpoint_jax.programs.process import keep_compiled_programs
 
         keep_compiled_programs()
@@ -86,7 +88,7 @@ class _Worker:
 
         self._plan, self._output = plan, pathlib.Path(output)
         self._settings = {"batch_size": batch_size, "on_bad_image": on_bad_image}
-        self._predictor = Predictor.load(artefact, runtime)
+        self._predictor = Predictor.load(artefact, runtime, model=model)
         self._predictor.compile([plan.instance], [batch_size])
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class ServiceSettings(pydantic.BaseModel):
         max_upload_mb: largest body of a request, in MiB.
         device: whose profile to use; None for that of the device at hand.
         runtime: `xla`, `onnxruntime` or `auto`; see `Predictor`.
+        model: The artefact's net, `module:Class`, where it is a user's own; its module is imported.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,7 @@ class ServiceSettings(pydantic.BaseModel):
     max_upload_mb: float = 16.0
     device: str | None = None
     runtime: str = "auto"
+    model: str | None = None
 
     @pydantic.field_validator("batch_sizes", mode="before")
     @classmethod
@@ -103,7 +105,7 @@ def make_app(
     from sdpoint_jax.serving.selection import check_device
     from sdpoint_jax.serving.server import Limits, create_app
 
-    predictor = Predictor.load(settings.artefact, settings.runtime)
+    predictor = Predictor.load(settings.artefact, settings.runtime, model=settings.model)
     device = check_device(predictor.rows, predictor.device, settings.device)
     runtime = predictor.runtimes[0] if len(predictor.runtimes) == 1 else None
     controller = make_controller(predictor.rows, settings, device=device, runtime=runtime)

@@ -49,6 +49,9 @@ class Artefact:
         batch_stats: by instance: its re-estimated statistics.
         rows: the table, a row per instance.
         model: name of the net, for `create_model`.
+        model_args: Attributes of the net, for `create_model`.
+        downsampling: Operation at the points; see `models.downsample`.
+        given_model: The net, its class, or its name, if the user gave it to `load`; see there.
         dtype: of its computation, `float32` or `bfloat16`.
         class_names: of the K classes.
         image_shape: (H, W, C) of the uint8 images that it takes.
@@ -75,6 +78,9 @@ class Artefact:
     settings: SweepSettings
     cascades: tuple[Mapping[str, Any], ...] = ()
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model_args: str = ""
+    downsampling: str = "avg"
+    given_model: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def num_classes(self) -> int:
@@ -111,7 +117,12 @@ def save(artefact: Artefact, path: str | os.PathLike) -> None:
     statistics = {instance.name: tree for instance, tree in artefact.batch_stats.items()}
     record = {
         "format": FORMAT,
-        "model": {"name": artefact.model, "dtype": artefact.dtype},
+        "model": {
+            "name": artefact.model,
+            "args": artefact.model_args,
+            "downsampling": artefact.downsampling,
+            "dtype": artefact.dtype,
+        },
         "num_classes": artefact.num_classes,
         "class_names": list(artefact.class_names),
         "image_shape": list(artefact.image_shape),
@@ -127,8 +138,14 @@ def save(artefact: Artefact, path: str | os.PathLike) -> None:
     checkpoint.save(path, {"params": artefact.params, "batch_stats": statistics}, record)
 
 
-def load(path: str | os.PathLike) -> Artefact:
-    """Reads and verifies the artefact at `path`, as `runs/digits/sweep/artefact`; of any format up to `FORMAT`.
+def load(path: str | os.PathLike, model: Any = None) -> Artefact:
+    """Read and verify the artefact at `path`, as `runs/digits/sweep/artefact`; of any format up to `FORMAT`.
+
+    Args:
+        path: Folder of the artefact.
+        model: The net of the artefact where it is a user's own: its name `module:Class`, which allows to import the
+            module and so to run its code, or the class, or a net of the class. Nets of this package need none. It is
+            used when the net is first built; see `models.registry.model_of`.
 
     Raises:
         CheckpointError: there is none, it is damaged or of a newer format, or it is a checkpoint of another kind.
@@ -141,9 +158,10 @@ def load(path: str | os.PathLike) -> Artefact:
             f"{path}: an artefact of format {version!r}; this version reads 1 to {FORMAT}: update sdpoint_jax"
         )
     try:
-        return _from_record(arrays, record)
+        found = _from_record(arrays, record)
     except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: not a sound artefact: {error}") from error
+    return dataclasses.replace(found, given_model=model)
 
 
 def _from_record(arrays, record):
@@ -166,4 +184,6 @@ def _from_record(arrays, record):
         SweepSettings(**{"dtype": record["model"]["dtype"]} | record["settings"]),
         tuple(record.get("cascades", ())),
         record.get("source", {}),
+        record["model"].get("args", ""),
+        record["model"].get("downsampling", "avg"),
     )

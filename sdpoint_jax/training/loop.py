@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from sdpoint_jax import progress
 from sdpoint_jax.config import facts
 from sdpoint_jax.instance import set_name
+from sdpoint_jax.models.net import SDPointNet
+from sdpoint_jax.models.registry import name_of
 from sdpoint_jax.programs import hosts
 from sdpoint_jax.programs.devices import Compilation, is_main_host, prefetch, replicate
 from sdpoint_jax.programs.evaluator import Evaluator, Metrics
@@ -39,8 +41,15 @@ class Interrupted(RuntimeError):
     """A stop on request, after a checkpoint: the same command goes on from there."""
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]:
-    """Trains to the end in `workdir`, from its newest checkpoint where it has one.
+def train(
+    config: ConfigDict, workdir: str | pathlib.Path, model: SDPointNet | type[SDPointNet] | None = None
+) -> dict[str, Metrics]:
+    """Train to the end in `workdir`, from its newest checkpoint where it has one.
+
+    Args:
+        config: See `config.default_config`.
+        workdir: Folder of the run.
+        model: A net of your own, or its class, instead of `config.model.name`.
 
     Returns:
         metrics of the last validation, by instance name.
@@ -52,8 +61,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
         Interrupted: SIGTERM or SIGINT came.
     """
     workdir = pathlib.Path(workdir)
+    if model is not None:
+        config.model.name = name_of(model if isinstance(model, type) else type(model))
     hosts.check_same(functools.partial(facts, config))
-    plan = hosts.together(functools.partial(_make_plan, config))
+    plan = hosts.together(functools.partial(_make_plan, config, model))
     progress.say(plan.data)
     lock = FolderLock(workdir, "workdir") if is_main_host() else contextlib.nullcontext()
     with contextlib.ExitStack() as held, StopSignals() as signals:
@@ -82,8 +93,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Metrics]
     return run.validation
 
 
-def _make_plan(config):
-    plan = Plan(config)
+def _make_plan(config, model):
+    plan = Plan(config, model)
     if config.keep_best_checkpoints:
         restore.check_best_metric(plan)
     return plan

@@ -17,7 +17,7 @@ from sdpoint_jax.instance import (
     sample_set,
     set_name,
 )
-from sdpoint_jax.models.net import draws_random_numbers
+from sdpoint_jax.models.net import SDPointNet, draws_random_numbers
 from sdpoint_jax.models.norm_parameters import PER_INSTANCE, params_for
 from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
@@ -56,9 +56,9 @@ class Plan:
         validate_every: steps.
     """
 
-    def __init__(self, config: ConfigDict):
-        """Raises ValueError, in one line, for anything in `config` that does not fit."""
-        self.experiment = Experiment(config)
+    def __init__(self, config: ConfigDict, model: SDPointNet | type[SDPointNet] | None = None):
+        """Raise ValueError, in one line, for anything in `config` that does not fit; see `Experiment`."""
+        self.experiment = Experiment(config, model)
         self.config = config = self.experiment.config
         splits = {"training": config.dataset.train_split, "validation": self.experiment.validation_split}
         # All that the run and the sweep after it will read is opened before the first step.

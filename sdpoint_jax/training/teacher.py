@@ -8,12 +8,12 @@ from typing import Any
 import jax
 
 from sdpoint_jax import progress
-from sdpoint_jax.config import named_net
+from sdpoint_jax.config import named_model
 from sdpoint_jax.experiment import Experiment, check_variables
 from sdpoint_jax.instance import FULL_RESOLUTION
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import params_for
-from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.registry import check_allowed, create_model
 from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.storage import checkpoint
 
@@ -59,15 +59,19 @@ def load_teacher(experiment: Experiment) -> Teacher:
     """
     source = experiment.config.teacher
     arrays, record = checkpoint.load_newest(source)
-    where = f"config.teacher {source}"
-    name = named_net(record)
+    where, config = f"config.teacher {source}", experiment.config
+    name, args = named_model(record)
     if name is None:
         raise ValueError(f"{where}: does not say which net it is, as a run, imported weights or a sweep do")
-    classes, wanted = _count_classes(arrays["params"], where), experiment.dataset.num_classes
+    classes, wanted = _count_classes(record, arrays["params"], where), experiment.dataset.num_classes
     if classes != wanted:
         raise ValueError(f"{where}: a net of {classes} classes; {experiment.dataset.name} has {wanted}")
     experiment.check_classes(record, where)
-    model = create_model(name, classes, dtype=experiment.config.model.dtype)
+    if name == config.model.name and args == config.model.args:
+        model = experiment.model
+    else:
+        check_allowed(name, None, where)
+        model = create_model(name, classes, dtype=config.model.dtype, args=args)
     check_variables(model, name, experiment, arrays["params"], where)
     params = params_for(arrays["params"], FULL_RESOLUTION)
     statistics = arrays.get("batch_stats")
@@ -78,11 +82,14 @@ def load_teacher(experiment: Experiment) -> Teacher:
     return Teacher(name, model, params, statistics)
 
 
-def _count_classes(params, where):
+def _count_classes(record, params, where):
+    """Return the number of classes: imported weights and sweeps record it, a run its class names."""
+    if classes := record.get("num_classes") or len(record.get("class_names", ())):
+        return classes
     try:
         return len(params["head"]["dense"]["bias"])
     except (LookupError, TypeError):
-        raise ValueError(f"{where}: has no classifier") from None
+        raise ValueError(f"{where}: does not say how many classes it has") from None
 
 
 def _reestimate(model, params, experiment):

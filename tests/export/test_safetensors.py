@@ -8,9 +8,9 @@ import torch_formulation as formulation
 from export import nets
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
-from sdpoint_jax.models.blocks import NORM_EPSILON
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import NORM_EPSILON
 from sdpoint_jax.models.torch_import import import_torch_state_dict, torch_tensors
 
 load_file = pytest.importorskip("safetensors.numpy").load_file

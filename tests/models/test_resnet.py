@@ -13,10 +13,9 @@ from jax import lax
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
-from sdpoint_jax.models.blocks import PreActivationBlock
 from sdpoint_jax.models.convolution import _pointwise_as_dot, convolution
-from sdpoint_jax.models.registry import ARCHITECTURES, architecture, create_model
-from sdpoint_jax.models.resnet import ResNet
+from sdpoint_jax.models.registry import create_model
+from sdpoint_jax.models.resnet import ARCHITECTURES, PreActivationBlock, ResNet, architecture
 from sdpoint_jax.models.shared_trace import reestimating
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}

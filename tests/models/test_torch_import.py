@@ -250,7 +250,9 @@ def test_wrong_arguments_are_one_line_and_an_exit_code(tmp_path, capsys, state_d
     path, output = tmp_path / "net.safetensors", f"--output={tmp_path / 'imported'}"
     safetensors.save_file(state_dict, path)
     assert "nowhere.pth" in commands.error_of(capsys, "import", tmp_path / "nowhere.pth", f"--model={NET}", output)
-    assert "model 'resnet51': known are" in commands.error_of(capsys, "import", path, "--model=resnet51", output)
+    assert "model 'resnet51': valid are resnet5" in commands.error_of(
+        capsys, "import", path, "--model=resnet51", output
+    )
     assert "another number of classes" in commands.error_of(
         capsys, "import", path, f"--model={NET}", output, "--num-classes=3"
     )
