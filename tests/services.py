@@ -44,7 +44,7 @@ def encode(image, form="PNG", **kwargs):
 def running(path, *flags, environment=None):
     """Runs the command that serves the artefact at `path`; gives (process, address) once it is ready."""
     port = free_port()
-    command = [sys.executable, "-m", "sdpoint_jax", "serve", str(path), f"--port={port}", *flags]
+    command = [sys.executable, "-m", "sdpoint_jax", "serve", str(path), f"--port={port}", "--profile=no", *flags]
     with started(command, port, environment or os.environ | {"XLA_FLAGS": ""}) as service:
         yield service
 

@@ -14,8 +14,9 @@ import argparse
 import functools
 import os
 import pathlib
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdpoint_jax.cli.parser import add_model_flag, comma_separated
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sdpoint_jax.storage.artefact import Artefact, InstanceRow, Latency
 
 _BATCH_SIZES = "1,8,32"
+_SERVED_BATCH_SIZES = (1, 4, 16)
 _LIBRARIES = {"xla": ("jax", "jaxlib", "numpy", "sdpoint_jax"), "onnxruntime": ("onnxruntime", "numpy", "sdpoint_jax")}
 
 
@@ -124,39 +126,105 @@ def profile_artefact(
         ImportError: a runtime that is not installed; names the extra.
         OSError: something could not be written; names the path.
     """
-    from sdpoint_jax.evaluation import sweep, table
+    from sdpoint_jax.evaluation import table
     from sdpoint_jax.profiling import latency
     from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
     from sdpoint_jax.storage import artefact
-    from sdpoint_jax.storage.lock import FolderLock
 
     path = pathlib.Path(path)
     swept = artefact.load(path, model)
-    chosen = _find_instances(swept, instances)
+    wanted = _find_instances(swept, instances) | {FULL_RESOLUTION}  # To compare the others with.
+    chosen = [row.instance for row in swept.rows if row.instance in wanted]
     runtimes = make_runtimes(swept, runtime)
-    device = runtimes[0].device
+    profiled, beside = _measure(swept, path, chosen, runtimes, batch_sizes, effort or latency.Effort())
+    print(table.format_latencies(profiled.rows, runtimes[0].device))
+    print(f"a predictor uses {describe_runtimes(Predictor(profiled), chosen, batch_sizes)}")
+    print(f"written: the table of {path}{beside}")
+
+
+def _measure(swept, path, chosen, runtimes, batch_sizes, effort) -> "tuple[Artefact, str]":
+    """Measure instances and write the latencies; return the artefact with them, and what else was written."""
+    from sdpoint_jax.evaluation import sweep, table
+    from sdpoint_jax.profiling import latency
+    from sdpoint_jax.storage import artefact
+    from sdpoint_jax.storage.lock import FolderLock
+
     files = path.with_name(table.TABLE)
     in_sweep = path.name == artefact.ARTEFACT and files.is_file()
     unfinished = artefact.unfinished_profile(path)
     with FolderLock(path.parent, "folder"):
         _, baseline = table.read_table(files) if in_sweep else (None, None)
-        found = latency.profile(
-            runtimes, chosen, batch_sizes, effort or latency.Effort(), unfinished=unfinished, of=_checksum(swept)
-        )
+        found = latency.profile(runtimes, chosen, batch_sizes, effort, unfinished=unfinished, of=_checksum(swept))
         profiled = swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
         if in_sweep:
-            sweep.write_results(profiled, path.parent, baseline, device)
+            sweep.write_results(profiled, path.parent, baseline, runtimes[0].device)
         else:
             artefact.save(profiled, path)
         unfinished.unlink(missing_ok=True)
-    print(table.format_latencies(profiled.rows, device))
-    print(f"a predictor uses {describe_runtimes(Predictor(profiled), chosen, batch_sizes)}")
-    beside = ", and sweep.csv, sweep.json, latency.png beside it" if in_sweep else ""
-    print(f"written: the table of {path}{beside}")
+    return profiled, ", and sweep.csv, sweep.json, latency.png beside it" if in_sweep else ""
 
 
-def _find_instances(swept: "Artefact", names: str) -> list[SDPointInstance]:
-    """Finds the instances that are meant, in the order of the table, and full resolution to compare them with."""
+def measure_missing(
+    swept: "Artefact",
+    path: str | os.PathLike,
+    instances: str,
+    batch_sizes: Sequence[int],
+    *,
+    runtime: str,
+    say: Callable[[str], object],
+) -> "Artefact":
+    """Measure the latencies that a service needs on this device and that the artefact lacks.
+
+    A quick profile: 30 calls of each program. The service needs all its programs anyway, and finds them in the cache.
+    The latencies are written into the artefact's table. If its folder cannot be written to, they are only returned.
+
+    Args:
+        swept: the artefact.
+        path: of the artefact.
+        instances: `all`, `pareto` or names with commas between them. Where any instance was measured on this device,
+            `pareto` is chosen by these latencies later, and lacks nothing.
+        batch_sizes: that are served; none for those that were measured, or else for 1, 4 and 16.
+        runtime: see `Predictor`.
+        say: called with lines for the user.
+
+    Returns:
+        the artefact with all latencies.
+
+    Raises:
+        ValueError: an instance that was not swept, or another process writes to the folder of the artefact.
+        ImportError: a runtime that is not installed; names the extra.
+    """
+    from sdpoint_jax.profiling import latency
+    from sdpoint_jax.serving.selection import list_batch_sizes, list_latencies
+    from sdpoint_jax.storage.device import describe_device
+
+    path, device = pathlib.Path(path), describe_device()
+    setting = (device, None if runtime == "auto" else runtime, swept.dtype)
+    sizes = tuple(batch_sizes) or tuple(list_batch_sizes(swept.rows, setting)) or _SERVED_BATCH_SIZES
+    measured = {row.instance for row in swept.rows if list_latencies(row, setting).keys() >= set(sizes)}
+    wanted = _find_instances(swept, instances) - measured
+    if not wanted or (instances == "pareto" and measured):
+        return swept
+    runtimes = make_runtimes(swept, "all" if runtime == "auto" else runtime)
+    missing = [row.instance for row in swept.rows if row.instance in wanted]
+    count, listed = f"{len(missing)} of {len(swept.rows)} instances", ", ".join(map(str, sizes))
+    say(f"not measured yet on {device}: {count} at batch sizes {listed}; measuring them first")
+    effort, start = latency.Effort(repeats=30, seconds=0.5, rounds=10), time.monotonic()
+    if os.access(path.parent, os.W_OK):
+        profiled, _ = _measure(swept, path, missing, runtimes, sizes, effort)
+        where = f"written into the table of {path}"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = pathlib.Path(folder) / "profiling.json"
+            found = latency.profile(runtimes, missing, sizes, effort, unfinished=unfinished, of=None)
+        profiled = swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
+        where = f"not kept, as {path.parent.absolute()} cannot be written to"
+    say(f"measured in {time.monotonic() - start:.0f} s; {where}")
+    return profiled
+
+
+def _find_instances(swept: "Artefact", names: str) -> set[SDPointInstance]:
+    """Find the instances that `all`, `pareto` or names with commas between them mean."""
     from sdpoint_jax.evaluation.table import pareto_front
 
     if names == "all":
@@ -165,7 +233,7 @@ def _find_instances(swept: "Artefact", names: str) -> list[SDPointInstance]:
         wanted = {row.instance for row in pareto_front(swept.rows)}
     else:
         wanted = {swept.row(SDPointInstance.from_name(name.strip())).instance for name in names.split(",")}
-    return [row.instance for row in swept.rows if row.instance in wanted or row.instance == FULL_RESOLUTION]
+    return wanted
 
 
 def _checksum(swept: "Artefact") -> list:

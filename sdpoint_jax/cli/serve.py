@@ -1,11 +1,13 @@
 """Serves a sweep's artefact over HTTP: python -m sdpoint_jax serve runs/digits/sweep/artefact --objective-ms=100
 
 Each request is answered on the most accurate instance that keeps the objective under the present load; what could not
-be answered in time is refused at once. Needs the extra: pip install 'sdpoint_jax[serve]', and latencies of this device:
-python -m sdpoint_jax profile ARTEFACT. SIGTERM or Ctrl-C answers what was accepted, then ends with code 0.
+be answered in time is refused at once. Needs the extra: pip install 'sdpoint_jax[serve]'. Latencies of this
+device that the artefact lacks are measured first, quickly: python -m sdpoint_jax profile ARTEFACT measures more calls.
+SIGTERM or Ctrl-C answers what was accepted, then ends with code 0.
 """
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -27,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", default="", help="allows PUT /budget to who sends it; without one there is no such")
     parser.add_argument("--max-upload-mb", type=float, default=16.0, help="largest body of a request")
     parser.add_argument("--device", help="whose profile to use; by default that of the device at hand")
+    parser.add_argument(
+        "--profile", default="auto", help="auto (default): first measure latencies that are missing; no: refuse instead"
+    )
     parser.add_argument("--runtime", default="auto", help="xla, onnxruntime, or auto (default): the faster one")
     parser.add_argument("--ray", action="store_true", help="serve on Ray: on the cluster at RAY_ADDRESS, else here")
     parser.add_argument("--replicas", default="1", help="with --ray: a number, or the least and the most, as 1..4")
@@ -69,7 +74,7 @@ def _run_here(args, settings):
         raise ImportError(f"{error}: serving needs the extra, pip install 'sdpoint_jax[serve]'") from None
     from sdpoint_jax.serving.service import make_app
 
-    app = make_app(settings, token=args.token or None, on_ready=_show_ready)
+    app = make_app(settings, swept=_measured(args, settings), token=args.token or None, on_ready=_show_ready)
     sys.setswitchinterval(0.0003)  # Of Python's 5 ms, the event loop would lose several for each image that is decoded.
     signal.signal(signal.SIGTERM, lambda *_: None)  # Uvicorn sends it again when it has ended in peace.
     signal.signal(signal.SIGINT, lambda *_: None)
@@ -83,6 +88,24 @@ def _run_here(args, settings):
         limit_concurrency=4096,
         timeout_keep_alive=10,
         server_header=False,
+    )
+
+
+def _measured(args, settings):
+    """Return the artefact with the latencies that are missing, or None where `make_app` is to load it."""
+    if args.profile not in ("auto", "no"):
+        raise ValueError(f"--profile={args.profile}: valid are auto, no")
+    if args.profile == "no" or settings.device:
+        return None
+    from sdpoint_jax.cli.profile import measure_missing
+    from sdpoint_jax.serving.service import check_settings
+    from sdpoint_jax.storage import artefact
+
+    swept = artefact.load(args.artefact, args.model)
+    check_settings(swept.rows, settings)  # Before minutes of measuring.
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    return measure_missing(
+        swept, args.artefact, settings.instances, settings.batch_sizes, runtime=settings.runtime, say=say
     )
 
 

@@ -236,8 +236,9 @@ def _checksum(swept: "Artefact", instance: SDPointInstance) -> str:
     from sdpoint_jax.storage.checkpoint import checksum_tree
 
     arrays = checksum_tree({"params": swept.params, "batch_stats": swept.batch_stats[instance]})
-    settings = (swept.model, swept.dtype, swept.image_shape, swept.resize, swept.mean, swept.std, swept.class_names)
-    return hashlib.sha256(json.dumps([arrays, *settings]).encode()).hexdigest()
+    net = (swept.model, swept.model_args, swept.downsampling, swept.dtype)
+    images = (swept.image_shape, swept.resize, swept.mean, swept.std, swept.class_names)
+    return hashlib.sha256(json.dumps([arrays, *net, *images]).encode()).hexdigest()
 
 
 class Progress(NamedTuple):

@@ -3,6 +3,7 @@
 Needs the extra `serve`.
 """
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ import pydantic
 
 from sdpoint_jax.serving.controller import Controller
 from sdpoint_jax.serving.latency_table import LatencyTable
-from sdpoint_jax.storage.table import InstanceRow
+from sdpoint_jax.storage.table import InstanceRow, Latency
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from sdpoint_jax.storage.artefact import Artefact
 
 
 class ServiceSettings(pydantic.BaseModel):
@@ -78,9 +81,31 @@ def make_controller(
     )
 
 
+def check_settings(rows: Sequence[InstanceRow], settings: ServiceSettings) -> None:
+    """Check the settings before latencies are measured, on latencies that are made up.
+
+    Raises:
+        ValueError: a setting is not valid; names what is.
+    """
+    from sdpoint_jax.serving.predictor import RUNTIMES  # With JAX.
+
+    sizes = settings.batch_sizes or (1,)
+    if min(sizes) < 1:
+        raise ValueError(f"batch_sizes {list(sizes)}: each at least 1")
+    if settings.runtime not in RUNTIMES:
+        raise ValueError(f"runtime {settings.runtime!r}: valid are {', '.join(RUNTIMES)}")
+
+    def with_made_up(row):
+        latencies = [Latency("", "", "", size, row.macs, row.macs, 1, None, None, {}) for size in sizes]
+        return dataclasses.replace(row, latencies=tuple(latencies))
+
+    make_controller([with_made_up(row) for row in rows], settings)
+
+
 def make_app(
     settings: ServiceSettings,
     *,
+    swept: "Artefact | None" = None,
     token: str | None = None,
     compile_first: bool = False,
     on_ready: Callable[[str], None] = lambda what: None,
@@ -89,6 +114,7 @@ def make_app(
 
     Args:
         settings: how it is served.
+        swept: the artefact, where it is loaded already.
         token: without one, `PUT /budget` does not exist.
         compile_first: returns when all programs are compiled; else that starts with the application, which answers
             503 before.
@@ -104,8 +130,10 @@ def make_app(
     from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
     from sdpoint_jax.serving.selection import check_device
     from sdpoint_jax.serving.server import Limits, create_app
+    from sdpoint_jax.storage import artefact
 
-    predictor = Predictor.load(settings.artefact, settings.runtime, model=settings.model)
+    swept = swept or artefact.load(settings.artefact, settings.model)
+    predictor = Predictor(swept, runtime=settings.runtime)
     device = check_device(predictor.rows, predictor.device, settings.device)
     runtime = predictor.runtimes[0] if len(predictor.runtimes) == 1 else None
     controller = make_controller(predictor.rows, settings, device=device, runtime=runtime)
