@@ -6,8 +6,9 @@
 
 After the colon: a folder with train/<class>/* and test/<class>/*, of the classes of the weights, in their order. The
 weights are expected in runs/original: config.init_from and config.teacher name other ones. Each step trains full
-resolution, the cheapest instance and a drawn one, and the original net teaches all three. As it stands, the net and the
-preprocessing are those of a CIFAR ResNet-20 with images of 32x32 pixels; docs/finetune.md says what to set for others.
+resolution, the cheapest instance and a drawn one, and the original net teaches all three. The net is the one of the
+weights. As it stands, the preprocessing is that of CIFAR nets, on images of 32x32 pixels; docs/finetune.md says what to
+set for others.
 Expected, with the ResNet-20 of akamaster/pytorch_resnet_cifar10 and 15,480 of the training images of CIFAR-10 (three
 seeds, mean; docs/results.md, study D): 90.9 % at full resolution, 88.4 % at 62 % of its MACs and 83.7 % at 35 %, where
 the original gives 91.7, 85.1 and 62.2 %. About 22 minutes of processor time on a CPU.
@@ -19,7 +20,7 @@ from sdpoint_jax.config import default_config
 def get_config(folder=""):
     """The config; see above."""
     config = default_config()
-    config.model.name = "resnet20"
+    config.model.name = "auto"  # The net of the weights.
     config.init_from = "runs/original"
     config.teacher = "runs/original"
     config.dataset.name = f"folder:{folder}"

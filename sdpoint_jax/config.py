@@ -16,6 +16,7 @@ FORMAT = 2  # Of a config as JSON holds it. Format 1 had no number, and other ne
 # Nets for small images: in format 1 a shortcut that changes the shape was a projection with BatchNorm.
 _RENAMED = re.compile(r"(?:resnet|preresnet)(?:20|56|110|164)|wrn[0-9]+_[0-9]+")
 
+AUTO = "auto"  # The value of a key that is found from the data or from other keys.
 # Keys that each host may set as it needs.
 HOST_KEYS = ("dataset.data_dir", "dataset.num_threads", "dataset.num_workers", "compile_workers")
 # Keys that name images or parameters. What they name decides the result, and is compared; the name does not.
@@ -44,7 +45,8 @@ def default_config() -> ConfigDict:
     config.seed = 0  # Of parameters, draws and data order.
 
     config.model = ConfigDict()
-    config.model.name = "wrn16_1"  # A net of sdpoint_jax.models; or module:Class, whose code is run.
+    # A net of sdpoint_jax.models; module:Class, whose code is run; or auto, the net of init_from.
+    config.model.name = "wrn16_1"
     config.model.args = ""  # Attributes of the net, as widths=(8, 16), depth=2.
     config.model.downsampling = "avg"  # The operation at the points: avg, max, strided or blur; the paper's is avg.
     config.model.dtype = "float32"  # Of the computation: float32 or bfloat16.

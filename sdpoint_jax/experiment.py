@@ -10,7 +10,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from sdpoint_jax import data
-from sdpoint_jax.config import check_config, with_absolute_paths
+from sdpoint_jax.config import AUTO, check_config, with_absolute_paths
 from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance, check_sampling
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.net import DEVICE_AXIS, SDPointNet
@@ -98,9 +98,9 @@ class Experiment:
         """Split that is watched during training; raises ValueError where there is none."""
         dataset = self.config.dataset
         chosen = self._find("validation_split", "validation", "test")
-        if chosen == "auto" and dataset.test_split != "auto":
+        if chosen == AUTO and dataset.test_split != AUTO:
             chosen = dataset.test_split
-        if chosen == "auto":
+        if chosen == AUTO:
             sizes = ", ".join(f"{name} ({size})" for name, size in self.dataset.splits.items())
             raise ValueError(
                 f"config.dataset.validation_split auto: {self.dataset.name} has neither validation nor test images, "
@@ -114,7 +114,7 @@ class Experiment:
     def test_split(self) -> str:
         """Split that a sweep reports; raises ValueError where there is none."""
         chosen = self._find("test_split", "test")
-        if chosen == "auto":
+        if chosen == AUTO:
             return self.validation_split
         self._open("test_split", chosen)
         return chosen
@@ -123,7 +123,7 @@ class Experiment:
         """Return the split that the config names; for `auto` the first of `names` that the data have, else `auto`."""
         given = self.config.dataset[key]
         found = [name for name in map(self.dataset.find_split, names) if name]
-        return found[0] if given == "auto" and found else given
+        return found[0] if given == AUTO and found else given
 
     def _open(self, key, split):
         try:

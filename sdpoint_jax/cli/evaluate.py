@@ -95,6 +95,11 @@ def run(args: argparse.Namespace) -> None:
     if given is None and "config" not in record:
         raise ValueError(f"{args.workdir}: holds no config, as imported weights: give --config=FILE, for the data")
     config = given or configs.from_dict(record["config"])
+    net, attributes = configs.named_model(record)
+    if "config" not in record and net and not any("config.model.name=" in arg for arg in args.config_arguments):
+        # Imported weights know their net; a config is given for the data.
+        registry.check_allowed(net, args.model, args.workdir)
+        config.model.name, config.model.args = net, attributes
     if args.split:
         config.dataset.test_split = args.split
     if given is None:

@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
         arguments: the command and its arguments, by default those of the process.
         command: the one to run, where it is not the first of the arguments: for a script of its own, as train.py.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    is_process, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     try:
         _check_paths(arguments)
     except ValueError as error:
@@ -53,17 +54,19 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
     args.config_arguments = ours
     if ours and not getattr(args, "takes_config", False):
         _fail(ValueError(f"{ours[0]}: {command} takes no config"))
-    _set_up()
     try:
-        code = importlib.import_module(_module(command)).run(args)
+        _set_up()
+        code = importlib.import_module(_module(command)).run(args) or 0
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        raise SystemExit(STOPPED) from None
+        code = STOPPED
     except Exception as error:
         if args.debug:
             raise
-        _fail(error)
-    raise SystemExit(code or 0)
+        code = _report(error)
+    if is_process:
+        _leave_compilers(code)
+    raise SystemExit(code)
 
 
 def _parser():
@@ -107,10 +110,24 @@ def _module(command):
     return f"sdpoint_jax.cli.{COMMANDS[command][0]}"
 
 
+def _leave_compilers(code):
+    """End the process at once if programs compile in the background: its usual end would wait for them, for minutes."""
+    devices = sys.modules.get("sdpoint_jax.programs.devices")
+    if devices and devices.is_compiling():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _fail(error) -> NoReturn:
+    raise SystemExit(_report(error))
+
+
+def _report(error):
+    """Print an error as one line; return the exit code."""
     print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
     distributed.leave_the_others(error)
-    raise SystemExit(FAILED)
+    return FAILED
 
 
 def _set_up():

@@ -246,6 +246,9 @@ class _RareGarbageCollection:
     def __init__(self):
         self._lock, self._inside, self._before = threading.Lock(), 0, gc.get_threshold()
 
+    def __bool__(self):
+        return self._inside > 0
+
     def __enter__(self):
         with self._lock:
             if not self._inside:
@@ -261,6 +264,11 @@ class _RareGarbageCollection:
 
 
 _rare_garbage_collection = _RareGarbageCollection()
+
+
+def is_compiling() -> bool:
+    """Whether any thread of this process compiles a program at the moment."""
+    return bool(_rare_garbage_collection)
 
 
 class Compilation(Generic[Key]):

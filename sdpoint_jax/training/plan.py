@@ -7,6 +7,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from sdpoint_jax.config import AUTO, named_model
 from sdpoint_jax.experiment import Experiment, parse_instances
 from sdpoint_jax.instance import (
     FULL_RESOLUTION,
@@ -19,8 +20,10 @@ from sdpoint_jax.instance import (
 )
 from sdpoint_jax.models.net import SDPointNet, draws_random_numbers
 from sdpoint_jax.models.norm_parameters import PER_INSTANCE, params_for
+from sdpoint_jax.models.registry import check_allowed
 from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
+from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.training.mixing import Mixing
 from sdpoint_jax.training.objective import Distillation
 from sdpoint_jax.training.optimizer import LearningRate, optimizer_of
@@ -44,7 +47,7 @@ class Plan:
     """The plan of one run.
 
     Attributes:
-        config: as given, with absolute paths.
+        config: as given, with absolute paths and the name of the net.
         experiment: the net and its data.
         data: which images the run has chosen, in a line.
         images: by purpose, training and validation: how many they are, and their digest.
@@ -58,7 +61,7 @@ class Plan:
 
     def __init__(self, config: ConfigDict, model: SDPointNet | type[SDPointNet] | None = None):
         """Raise ValueError, in one line, for anything in `config` that does not fit; see `Experiment`."""
-        self.experiment = Experiment(config, model)
+        self.experiment = Experiment(config if model else _with_net(config), model)
         self.config = config = self.experiment.config
         splits = {"training": config.dataset.train_split, "validation": self.experiment.validation_split}
         # All that the run and the sweep after it will read is opened before the first step.
@@ -228,9 +231,25 @@ class Plan:
         return f"step {step}, instance {set_name(self.draw(step))}, training examples {first} to {end - 1}"
 
 
+def _with_net(config):
+    """Return the config with the name of the net, which may be that of `init_from`."""
+    if config.model.name != AUTO:
+        return config
+    if not config.init_from:
+        raise ValueError("config.model.name auto: the net of config.init_from, which is empty; name a net")
+    _, record = checkpoint.load_newest(config.init_from)
+    name, args = named_model(record)
+    if name is None:
+        raise ValueError(f"config.model.name auto: {config.init_from} does not say which net it is; name it")
+    check_allowed(name, None, f"config.init_from {config.init_from}")
+    config = config.copy_and_resolve_references()
+    config.model.name, config.model.args = name, args
+    return config
+
+
 def _validation_instances(config, experiment):
     """Picks full resolution and, by default, two instances at about two thirds and one third of the cost."""
-    if config.validation_instances != "auto":
+    if config.validation_instances != AUTO:
         return parse_instances(experiment.model, config.validation_instances)
     drawn = [instance for instance in experiment.instances if instance != FULL_RESOLUTION]
     if not drawn:

@@ -429,6 +429,27 @@ def test_scales_and_shifts_that_instances_have_are_trained_on(finished, tmp_path
         training.train(own_norms(init_from=str(tmp_path / "source")), tmp_path / "other")
 
 
+def test_an_error_does_not_wait_for_programs_that_compile():
+    code = """if True:
+        import sys, threading, time
+        from sdpoint_jax.cli import cost, main
+        from sdpoint_jax.programs import devices
+        def compile_long():
+            with devices._rare_garbage_collection:
+                begun.set()
+                time.sleep(120)
+        def run(args):
+            threading.Thread(target=compile_long).start()
+            begun.wait()
+            raise ValueError("wrong")
+        begun, cost.run = threading.Event(), run
+        sys.argv[1:] = ["cost", "--model=resnet20", "--image-size=32"]
+        main.main()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "error: wrong\n")
+
+
 def test_parameters_that_do_not_fit_are_named(finished, tmp_path):
     config = tiny.config(init_from=str(finished[0]))
     config.model.name = "wrn10_2"
@@ -691,6 +712,13 @@ def test_the_end_after_a_stop_waits_for_no_thread():
     """
     ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (75, "saved\n")
+
+
+def test_parameters_that_do_not_fit_are_found_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan.Plan, "programs", lambda *_: pytest.fail("compiles"))
+    checkpoint.save(tmp_path / "other", tiny.variables(create_model("wrn10_2", 10)), {"model": {"name": "wrn10_2"}})
+    with pytest.raises(ValueError, match="config.init_from .*other: does not fit wrn10_1"):
+        training.train(tiny.config(init_from=str(tmp_path / "other")), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
