@@ -24,7 +24,7 @@ IMPORTS = {
     "experiment": {"config", "data", "instance", "models"},
     "evaluation": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
     "training": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
-    "serving": {"data", "instance", "models", "paths", "programs", "storage"},
+    "serving": {"data", "instance", "models", "paths", "profiling", "programs", "storage"},
     "export": {"instance", "models", "programs", "storage"},
     "cli": {
         "config",

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the instance within the budget."""
+    from sdpoint_jax.profiling.macs import full_macs
     from sdpoint_jax.serving.selection import Budget, check_device, select
     from sdpoint_jax.storage import artefact  # Late: JAX takes seconds.
     from sdpoint_jax.storage.device import describe_device
@@ -34,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     if not any(limit is not None for limit in limits):
         flags = "--max-macs --relative-budget --max-latency-ms --max-memory-mb --min-top1"
         raise ValueError(f"no budget: give at least one of the arguments {flags}")
-    rows = artefact.load(args.artefact).rows
-    full_cost = max(row.macs for row in rows)
+    swept = artefact.load(args.artefact)
+    rows, full_cost = swept.rows, full_macs(swept)
     max_macs = args.max_macs
     if args.relative_budget is not None:
         if max_macs is not None:

@@ -7,12 +7,19 @@ SIGTERM or Ctrl-C answers what was accepted, then ends with code 0.
 """
 
 import argparse
+import dataclasses
 import functools
+import ipaddress
+import math
 import os
 import signal
+import socket
 import sys
 
 from sdpoint_jax.cli.parser import add_model_flag, comma_separated
+
+_BACKLOG = 256  # Connections that are accepted at once; each needs a file until there are too many and one is closed.
+_OTHER_FILES = _BACKLOG + 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=1024, help="requests that may wait; 1024 by default")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; this machine alone by default")
     parser.add_argument("--port", type=int, default=8000, help="0 for any free one; 8000 by default")
-    parser.add_argument("--token", default="", help="allows PUT /budget to who sends it; without one there is no such")
+    parser.add_argument("--allowed-hosts", help="names of this service in the header Host, with commas; * for any")
+    parser.add_argument(
+        "--token-file", help="file with the bearer token for PUT /budget; else $SDPOINT_TOKEN, or no route"
+    )
+    parser.add_argument("--token", default="", help="the token itself, which all users of this machine can see")
     parser.add_argument("--max-upload-mb", type=float, default=16.0, help="largest body of a request")
     parser.add_argument("--device", help="whose profile to use; by default that of the device at hand")
     parser.add_argument(
@@ -69,26 +80,89 @@ def _run_here(args, settings):
     try:
         import uvicorn
 
-        from sdpoint_jax.serving import server  # noqa: F401
+        from sdpoint_jax.serving import connection, server  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{error}: serving needs the extra, pip install 'sdpoint_jax[serve]'") from None
     from sdpoint_jax.serving.service import make_app
 
-    app = make_app(settings, swept=_measured(args, settings), token=args.token or None, on_ready=_show_ready)
-    sys.setswitchinterval(0.0003)  # Of Python's 5 ms, the event loop would lose several for each image that is decoded.
-    signal.signal(signal.SIGTERM, lambda *_: None)  # Uvicorn sends it again when it has ended in peace.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    print(f"serving {args.artefact} at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
-    uvicorn.run(
+    token, bounds = _token(args), _bounds(connection.Bounds())
+    listener = _bind(args.host, args.port)  # First of all: a port in use is known before the artefact is loaded.
+    host, port = listener.getsockname()[:2]
+    hosts = comma_separated(args.allowed_hosts or "", str, "allowed-hosts")
+    anyone = "*" in hosts or not hosts and not ipaddress.ip_address(host).is_loopback
+    door = connection.Door(bounds, None if anyone else hosts)
+    swept = _measured(args, settings)
+    app = make_app(settings, swept=swept, token=token, stop_seconds=bounds.stop_seconds, on_ready=_show_ready)
+    sys.setswitchinterval(0.0003)  # Of Python's 5 ms, the event loop would lose several to each call of a runtime.
+    config = uvicorn.Config(
         app,
-        host=args.host,
-        port=args.port,
-        log_level="warning",
+        http=functools.partial(connection.Connection, door=door),  # type: ignore[arg-type]
+        ws="none",
+        log_level="error",  # A warning is what a client has done wrong, and would fill the disk.
         access_log=False,
-        limit_concurrency=4096,
-        timeout_keep_alive=10,
+        backlog=_BACKLOG,
         server_header=False,
+        # A header that anyone can send; uvicorn reads the addresses of trusted proxies from the same variable.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        timeout_keep_alive=math.ceil(bounds.idle_seconds),
+        timeout_graceful_shutdown=math.ceil(bounds.stop_seconds) + 1,  # `Connection` ends at `stop_seconds`.
     )
+    service = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Uvicorn raises them again when it has stopped, then no one else.
+        signal.signal(number, lambda *_: setattr(service, "should_exit", True))
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"serving {args.artefact} at http://{shown}:{port}", file=sys.stderr, flush=True)
+    service.run(sockets=[listener])
+    if not app.state.service.has_stopped:  # A program that is being compiled, or a batch that hangs, would be awaited.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _token(args) -> str | None:
+    if args.token and args.token_file:
+        raise ValueError("--token and --token-file: give one of them")
+    if not args.token_file:
+        return args.token or os.environ.get("SDPOINT_TOKEN", "").strip() or None
+    with open(args.token_file, encoding="utf-8") as file:
+        token = file.read().strip()
+    if not token:
+        raise ValueError(f"--token-file={args.token_file}: the file is empty")
+    return token
+
+
+def _bounds(bounds):
+    """Return the bounds that the limit of open files allows, which is raised as far as it may be."""
+    try:
+        import resource
+    except ImportError:  # Not on Windows.
+        return bounds
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = bounds.connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return bounds
+    return dataclasses.replace(bounds, connections=max(16, soft - _OTHER_FILES))
+
+
+def _bind(host, port) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port={port}: valid are 1 to 65535, and 0 for any free port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ValueError(f"--host={host}: not an address or a name of this machine ({error.strerror})") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ValueError(
+            f"--port={port} at --host={host}: {error.strerror or error}; or --port=0 for any free one"
+        ) from None
+    return listener
 
 
 def _measured(args, settings):
@@ -116,7 +190,8 @@ def _run_on_ray(args, settings):
         raise ImportError(f"{error}: --ray needs the extra, pip install 'sdpoint_jax[ray]'") from None
     from sdpoint_jax.storage import artefact
 
-    if args.token:
+    _bind(args.host, args.port).close()
+    if args.token or args.token_file:
         raise ValueError("--token with --ray: PUT /budget would reach one replica; set user_config in a Serve config")
     least, most = _replicas(args.replicas)
     path = os.path.abspath(settings.artefact)

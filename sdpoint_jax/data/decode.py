@@ -7,6 +7,7 @@ EXIF orientation is ignored and an alpha channel is dropped.
 
 import io
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -30,8 +31,13 @@ class BadImageError(ValueError):
         return f"{self.place}: {self.reason}" if self.place else self.reason
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
+def decode(data: bytes, channels: int, formats: Sequence[str] | None = None) -> np.ndarray:
     """Decodes an image file's bytes to uint8 [H, W, channels], with 1 (grey) or 3 (RGB) channels.
+
+    Args:
+        data: The file.
+        channels: 1 or 3.
+        formats: Formats that are tried, by PIL's names; by default all.
 
     Raises:
         BadImageError: the bytes are no image, or not a whole one. The message names no place: the caller knows it.
@@ -39,7 +45,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     if not data:
         raise BadImageError("empty file")
     image = _decode_cv2(data, channels) if _is_ordinary(data, channels) else None
-    return _decode_pil(data, channels) if image is None else image
+    return _decode_pil(data, channels, formats) if image is None else image
 
 
 def _is_ordinary(data: bytes, channels: int) -> bool:
@@ -87,9 +93,9 @@ def from_pil(image: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _decode_pil(data: bytes, channels: int) -> np.ndarray:
+def _decode_pil(data: bytes, channels: int, formats: Sequence[str] | None) -> np.ndarray:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Exception as error:  # Likewise.
         raise _undecodable(error) from None
     return from_pil(image, channels)

@@ -19,6 +19,8 @@ from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.pool import downsampled_size
+from sdpoint_jax.models.registry import model_of
+from sdpoint_jax.storage.artefact import Artefact
 
 Shape = tuple[int, int, int]
 
@@ -143,6 +145,13 @@ def count_cost(
     Args, Raises: see `list_layers`.
     """
     return total_cost(list_layers(model, instance, image_size, channels))
+
+
+def full_macs(swept: Artefact) -> int:
+    """Return the MACs of one image at full resolution, whether or not the artefact has that instance."""
+    known = [row.macs for row in swept.rows if row.instance == FULL_RESOLUTION]
+    height, width, channels = swept.image_shape
+    return known[0] if known else count_cost(model_of(swept), FULL_RESOLUTION, (height, width), channels).macs
 
 
 def total_cost(layers: Sequence[LayerCost]) -> Cost:

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from sdpoint_jax.serving.latency_table import LatencyTable
 from sdpoint_jax.serving.line import Accepted, Batch, Line, Refused, Request
@@ -122,6 +122,15 @@ class Controller:
             return Refused("no instance that it allows is fast enough for its deadline", None)
         self._factor = MOST_FACTOR
         return Refused("too many others are answered first", self._drain_seconds(now))
+
+    def withdraw(self, number: Hashable) -> bool:
+        """Take a request out of the queue whose client has left; return whether it was there."""
+        for line in self._lines.values():
+            for place, request in enumerate(line.requests):
+                if request.id == number:
+                    line.remove(place)
+                    return True
+        return False
 
     def next_batch(self, now: float) -> Batch | None:
         """Picks what the first free worker runs now.

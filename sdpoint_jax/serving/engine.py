@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
@@ -169,19 +170,39 @@ class Engine:
             raise Refusal(outcome.reason, outcome.retry_after)
         second.accepted += 1
         self._start_workers()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:  # The client has left. A batch that runs already takes its image along.
+            with self._lock:
+                if self.controller.withdraw(number):
+                    del self._waiting[number]
+            raise
+
+    def count_refusal(self) -> None:
+        """Count a request that was refused before it came to the engine."""
+        self._second(self._clock()).refused += 1
 
     def set_limits(self, budget: Budget | None = None, instances: Iterable[str] | None = None) -> None:
         """Limits the instances that are used from now on; see `Controller.set_limits`."""
         with self._lock:
             self.controller.set_limits(budget, instances)
 
-    async def drain(self) -> None:
-        """Refuses what comes from now on, and returns when all that was accepted is answered."""
+    async def drain(self, seconds: float = math.inf) -> bool:
+        """Refuse what comes from now on, and wait until all that was accepted is answered.
+
+        Args:
+            seconds: Time for that.
+
+        Returns:
+            Whether all was answered in time.
+        """
         self._closing = True
-        while self._waiting or self._undelivered:
+        until = self._clock() + seconds
+        while (self._waiting or self._undelivered) and self._clock() < until:
             await asyncio.sleep(0.005)
-        self._threads.shutdown()
+        drained = not (self._waiting or self._undelivered)
+        self._threads.shutdown(wait=drained, cancel_futures=True)
+        return drained
 
     def history(self) -> list[Sample]:
         """Lists the last minute, second by second, the current one last."""

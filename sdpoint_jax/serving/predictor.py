@@ -17,6 +17,7 @@ from sdpoint_jax.models.cascade import Cascade, CascadeRow, select_cascade
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import model_of
+from sdpoint_jax.profiling.macs import full_macs
 from sdpoint_jax.programs.cascade import CascadePrograms
 from sdpoint_jax.programs.inference import InferencePrograms
 from sdpoint_jax.programs.onnx_sessions import OnnxSessions, check_onnxruntime
@@ -137,6 +138,11 @@ class Predictor:
     def resize(self) -> tuple[int, int] | None:
         """Returns the (height, width) that an image just covers before its centre is cut out; None for (H, W)."""
         return self._artefact.resize
+
+    @functools.cached_property
+    def full_macs(self) -> int:
+        """MACs of one image at full resolution, which the table need not hold."""
+        return full_macs(self._artefact)
 
     @property
     def programs(self) -> InferencePrograms:

@@ -7,39 +7,39 @@ Routes: `POST /predict`, `GET /instances`, `/stats`, `/healthz`, `/readyz`, `/me
 """
 
 import asyncio
-import concurrent.futures
+import collections
 import contextlib
 import dataclasses
+import difflib
 import hmac
-import io
 import math
 import pathlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Annotated, Any
 
 import numpy as np
 import prometheus_client
 import pydantic
 from fastapi import FastAPI, Header, HTTPException, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
-from PIL import Image
-from starlette.formparsers import MultiPartException, MultiPartParser
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from starlette.requests import ClientDisconnect
 
-from sdpoint_jax.data.decode import BadImageError
+from sdpoint_jax.serving import reference
+from sdpoint_jax.serving.contents import EXPECTED, NPY, ContentError, format_of, read_npy
+from sdpoint_jax.serving.decoders import Decoders, TooLate
 from sdpoint_jax.serving.engine import Engine, Late, Refusal
-from sdpoint_jax.serving.images import to_batch
 from sdpoint_jax.serving.observed import Delay
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.serving.selection import Budget, pareto_front
 from sdpoint_jax.serving.turns import Turns
+from sdpoint_jax.serving.uploads import Uploads
 
 PAGE = pathlib.Path(__file__).parent / "page"
-_READING_ARRAYS = threading.Lock()  # NumPy parses headers by `ast`, which fails in threads (CPython issue 106905).
 _WATCH_SECONDS = 0.01
-_SMALL_BODY, _SMALL_IMAGE = 1 << 16, 1 << 14  # Bytes, pixels: quicker to read than to hand to another thread.
-_BODIES = 32  # Of the largest size, held at once; smaller ones accordingly more.
+_LOOPBACK = ("127.", "::1", "testclient")
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -48,9 +48,9 @@ class Limits:
     """What a request may be.
 
     Attributes:
-        body_bytes: of an upload.
-        body_seconds: in which it must have come.
-        pixels: of an image, before it is resized.
+        body_bytes: Most bytes of an upload.
+        body_seconds: Time in which it must have come.
+        pixels: Most pixels of an image, before it is resized.
     """
 
     body_bytes: int = 16 << 20
@@ -76,7 +76,10 @@ class Metrics:
             "sdpoint_batch_images", "Images of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **make
         )
         self.outcomes = prometheus_client.Counter(
-            "sdpoint_requests", "Requests by outcome: answered, refused, late, invalid, failed.", ["outcome"], **make
+            "sdpoint_requests",
+            "Requests by outcome: answered, refused, late, invalid, left (the client), failed.",
+            ["outcome"],
+            **make,
         )
         self.current = prometheus_client.Gauge(
             "sdpoint_current_instance", "1 for the instance that ran last.", ["instance"], **make
@@ -93,6 +96,19 @@ class Metrics:
         self.batch_images.observe(len(batch.requests))
         self.current.clear()
         self.current.labels(batch.instance).set(1)
+
+
+class PredictQuery(pydantic.BaseModel):
+    """The query of `POST /predict`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    max_macs: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False, description="Most MACs of the answer.")
+    deadline_ms: float | None = pydantic.Field(
+        None, gt=0, le=600_000, allow_inf_nan=False, description="Time for the answer; by default the objective."
+    )
+    instance: str | None = pydantic.Field(None, max_length=64, description="The only instance that may answer.")
+    top: int = pydantic.Field(5, ge=1, le=1000, description="Number of classes in the answer.")
 
 
 class BudgetChange(pydantic.BaseModel):
@@ -115,20 +131,28 @@ def create_app(
     prepare: Callable[[], None] = lambda: None,
     token: str | None = None,
     limits: Limits = Limits(),
+    decoders: Decoders | None = None,
+    stop_seconds: float = math.inf,
 ) -> FastAPI:
-    """Makes the application.
+    """Create the application.
 
     Args:
-        predictor: that the engine uses.
-        engine: yet without requests.
-        prepare: compiles what is to be served; runs in a thread when the application starts, which is ready after it.
-        token: without one, `PUT /budget` does not exist.
-        limits: of requests.
+        predictor: The one that the engine uses.
+        engine: One without requests.
+        prepare: Compiles what is to be served. It runs in a thread when the application starts; before its end the
+            application answers that it is not ready.
+        token: Allows `PUT /budget`; without one, the route does not exist.
+        limits: Limits of requests.
+        decoders: Processes that decode images, by default new ones. They end with the application.
+        stop_seconds: Time to answer what was accepted when the application stops.
     """
-    state = _State(predictor, engine, limits, prepare)
-    app = FastAPI(title="sdpoint_jax", lifespan=state.lifespan, description=__doc__)
+    decoders = decoders or Decoders(predictor.image_shape, predictor.resize, pixels=limits.pixels)
+    state = _State(predictor, engine, limits, prepare, decoders, stop_seconds)
+    # FastAPI's own pages load their scripts from a public server, so `/docs` is ours.
+    app = FastAPI(title="sdpoint_jax", lifespan=state.lifespan, description=__doc__, docs_url=None, redoc_url=None)
     app.state.service = state
     app.add_middleware(Turns)
+    app.add_exception_handler(RequestValidationError, _explain)
     app.add_api_route("/predict", state.predict, methods=["POST"], openapi_extra=_PREDICT_BODY)
     app.add_api_route("/instances", state.instances)
     app.add_api_route("/stats", state.stats)
@@ -136,6 +160,11 @@ def create_app(
     app.add_api_route("/readyz", state.readyz)
     app.add_api_route("/metrics", state.show_metrics, response_class=Response)
     app.add_api_route("/", state.page, include_in_schema=False)
+
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(reference.page(app.openapi()))
+
+    app.add_api_route("/docs", docs, include_in_schema=False)
     if token:
         app.add_api_route("/budget", _with_token(state.set_budget, token), methods=["PUT"], openapi_extra=_BUDGET_BODY)
     return app
@@ -163,28 +192,30 @@ _BUDGET_BODY = {
 class _State:
     """What the routes share."""
 
-    def __init__(self, predictor, engine, limits, prepare):
-        self._predictor, self._engine, self._limits, self._prepare = predictor, engine, limits, prepare
+    def __init__(self, predictor, engine, limits, prepare, decoders, stop_seconds):
+        self._predictor, self._engine, self._prepare = predictor, engine, prepare
+        self._stop_seconds, self.has_stopped = stop_seconds, False
         self.metrics = Metrics(engine)
         self._delay = self.metrics.delay
         engine.on_batch = self.metrics.batch
-        self._held_bytes = 0  # Of all bodies that are read or decoded.
-        self._decoders = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="decode")
+        self.uploads, self.decoders = Uploads(limits.body_bytes, limits.body_seconds), decoders
         self._budget: dict[str, Any] = {}
         self._preparing: asyncio.Future | None = None
+        self._full_macs = predictor.full_macs
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        self._preparing = loop.run_in_executor(None, self._prepare)
+        self._preparing = _run_in_thread(self._prepare, loop)
         watching = loop.create_task(self._watch())
         yield
-        await self._engine.drain()
+        drained = await self._engine.drain(self._stop_seconds)
         watching.cancel()
-        self._decoders.shutdown()
+        self.decoders.close()
+        self.has_stopped = drained and self._preparing.done()
 
     async def _watch(self):
-        """Looks again and again how late the event loop is; does not return."""
+        """Poll the event loop's lag forever."""
         await asyncio.wait([self._preparing])  # While programs are compiled, the loop is late.
         while True:
             start = time.monotonic()
@@ -192,43 +223,51 @@ class _State:
             passed = time.monotonic() - start
             self._delay.watch(passed - _WATCH_SECONDS, passed)
 
-    async def predict(
-        self,
-        request: Request,
-        max_macs: Annotated[float | None, Query(gt=0, allow_inf_nan=False, description="of the answer")] = None,
-        deadline_ms: Annotated[float | None, Query(gt=0, le=600_000, allow_inf_nan=False)] = None,
-        instance: Annotated[str | None, Query(max_length=64)] = None,
-        top: Annotated[int, Query(ge=1, le=1000)] = 5,
-    ) -> JSONResponse:
-        """Classifies one image: an image file as the body or as a form's file, or an .npy array uint8 [H, W, C]."""
+    async def predict(self, request: Request, query: Annotated[PredictQuery, Query()]) -> JSONResponse:
+        """Classify one image: an image file as the body or in a form, or an .npy array uint8 [H, W, C]."""
         start = request.scope["arrived"]
         try:
             self._check_ready()
+            if twice := [
+                name
+                for name, count in collections.Counter(name for name, _ in request.query_params.multi_items()).items()
+                if count > 1
+            ]:
+                raise ContentError(422, f"{twice[0]}: given twice")
             objective = self._engine.controller.objective
-            allowed = objective if deadline_ms is None else deadline_ms / 1e3
+            allowed = objective if query.deadline_ms is None else query.deadline_ms / 1e3
             if self._delay.before > objective:
                 raise Refusal("requests come faster than they can be read", 1.0)
-            image = await self._read_image(request, start + allowed)
-            accepted = time.monotonic()
-            seconds = allowed - (accepted - start) - self._delay.seconds
-            answer = await self._engine.classify(image, deadline_seconds=seconds, instance=instance, max_macs=max_macs)
+            async with self.uploads.read(request) as body, _until_it_leaves(request):
+                image = await self._decode(request, body, start + allowed)
+                accepted = time.monotonic()
+                seconds = allowed - (accepted - start) - self._delay.seconds
+                answer = await self._engine.classify(
+                    image, deadline_seconds=seconds, instance=query.instance, max_macs=query.max_macs
+                )
         except Refusal as refusal:
             self.metrics.outcomes.labels("refused").inc()
             raise _unavailable(refusal.reason, refusal.retry_after) from None
         except Late as late:
             self.metrics.outcomes.labels("late").inc()
             raise HTTPException(504, str(late)) from None
+        except ContentError as error:
+            self.metrics.outcomes.labels("refused" if error.status == 503 else "invalid").inc()
+            raise _http_error(error) from None
         except ValueError as error:
             self.metrics.outcomes.labels("invalid").inc()
             raise HTTPException(422, str(error)) from None
-        except HTTPException as error:
-            self.metrics.outcomes.labels("refused" if error.status_code == 503 else "invalid").inc()
+        except HTTPException:
+            self.metrics.outcomes.labels("refused").inc()
             raise
+        except ClientDisconnect:
+            self.metrics.outcomes.labels("left").inc()
+            return JSONResponse({}, 499)  # Nobody reads it; nginx's code for a client that has closed its connection.
         except Exception:
             self.metrics.outcomes.labels("failed").inc()
             raise
         self.metrics.outcomes.labels("answered").inc()
-        response = JSONResponse(self._describe(answer, min(top, len(self._predictor.class_names)), start))
+        response = JSONResponse(self._describe(answer, min(query.top, len(self._predictor.class_names)), start))
         now = time.monotonic()
         self._delay.count(now - accepted - answer.queue_seconds - answer.compute_seconds)
         self.metrics.latency.labels(answer.instance).observe(now - start)
@@ -256,8 +295,11 @@ class _State:
             "current": self._engine.current_instance,
             "class_names": self._predictor.class_names,
             "image_shape": self._predictor.image_shape,
+            "full_macs": self._full_macs,
             "instances": [
-                row.to_record() | {"pareto": row.name in front, "ms": [1e3 * s for s in seconds]}
+                row.to_record()
+                | {"relative_macs": row.macs / self._full_macs}
+                | {"pareto": row.name in front, "ms": [1e3 * s for s in seconds]}
                 for row, seconds in zip(table.rows, table.seconds.tolist())
             ],
             "batch_sizes": table.batch_sizes,
@@ -294,11 +336,15 @@ class _State:
     async def set_budget(self, request: Request) -> dict[str, Any]:
         """Limits the instances that are used from now on; an empty object lifts all limits."""
         try:
-            async with self._body_of(request) as body:
+            async with self.uploads.read(request) as body:
                 change = BudgetChange.model_validate_json(body)
         except pydantic.ValidationError as error:
             faults = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors()[:3])
             raise HTTPException(422, "; ".join(faults)) from None
+        except ContentError as error:
+            raise _http_error(error) from None
+        except ClientDisconnect:
+            return {}
         try:
             self.limit(change)
         except ValueError as error:
@@ -319,116 +365,114 @@ class _State:
         if preparing.exception():
             raise HTTPException(500, f"could not be prepared: {preparing.exception()}")
 
-    async def _read_image(self, request, deadline) -> np.ndarray:
-        """Reads and decodes the image of a request; raises HTTPException for what is none, Refusal for what is late."""
-        async with self._body_of(request) as body:
-            return await self._decode_body(request, body, deadline)
-
-    async def _decode_body(self, request, body, deadline):
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            body, kind = await _file_of_form(request, body)
+    async def _decode(self, request, body, deadline) -> np.ndarray:
+        """Return the image in a body; raise ContentError if there is none, Refusal if it cannot be decoded in time."""
         if not body:
-            raise HTTPException(400, "empty body: send an image file, or an .npy array")
-        if kind in ("application/json", "text/plain", "application/x-www-form-urlencoded"):
-            raise HTTPException(415, f"content type {kind}: send an image file, a form with a file, or an .npy array")
-        if _is_small(body):
-            return self._decode(body, kind)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._decoders, self._decode_in_time, body, kind, deadline
-        )
-
-    @contextlib.asynccontextmanager
-    async def _body_of(self, request) -> AsyncIterator[bytes]:
-        """Yields the body of a request; until the end its bytes count among those of all bodies."""
-        limit, chunks, size = self._limits.body_bytes, [], 0
-        announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > limit:
-            raise HTTPException(413, f"body of {announced} bytes: at most {limit}")
+            raise ContentError(400, f"empty body: {EXPECTED}")
+        client, kind, form = _client(request), format_of(body), ""
+        self.decoders.greet(client)
+        if kind == NPY:
+            array = read_npy(body)
+            if array.shape == self._predictor.image_shape:
+                return array  # As the net takes it: the header is all there is to read.
+            if array.shape[-1] != self._predictor.image_shape[-1]:
+                raise ContentError(
+                    422, f"the .npy array {list(array.shape)}: needs {self._predictor.image_shape[-1]} channels"
+                )
+        elif kind is None:
+            content_type = request.headers.get("content-type", "")
+            declared = content_type.partition(";")[0].strip().lower()
+            if declared == "multipart/form-data":
+                form = content_type
+            else:
+                status = 415 if declared in _TEXTS or "content-encoding" in request.headers else 422
+                raise ContentError(status, f"the body is no image: {EXPECTED}")
         try:
-            try:
-                async with asyncio.timeout(self._limits.body_seconds):
-                    async for chunk in request.stream():
-                        size += len(chunk)
-                        self._held_bytes += len(chunk)
-                        if size > limit:
-                            raise HTTPException(413, f"body of more than {limit} bytes")
-                        if self._held_bytes > _BODIES * limit:
-                            raise _unavailable("too many uploads at once", 1.0)
-                        chunks.append(chunk)
-            except TimeoutError:
-                raise HTTPException(408, f"the body took longer than {self._limits.body_seconds:g} s") from None
-            yield b"".join(chunks)
-        finally:
-            self._held_bytes -= size
-
-    def _decode_in_time(self, body, kind, deadline) -> np.ndarray:
-        if time.monotonic() > deadline:  # It waited for others: to decode it as well would make the next ones late.
-            raise Refusal("images come faster than they can be decoded", 1.0)
-        return self._decode(body, kind)
-
-    def _decode(self, body, kind) -> np.ndarray:
-        if kind == "application/x-npy" or body.startswith(b"\x93NUMPY"):
-            return self._decode_array(body)
-        try:
-            with Image.open(io.BytesIO(body)) as image:
-                width, height = image.size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise HTTPException(413, f"image: {error}") from None
-        except Exception:  # PIL's decoders raise nearly every type there is.
-            raise HTTPException(422, "not an image") from None
-        if width * height > self._limits.pixels:
-            raise HTTPException(413, f"image of {width} x {height} pixels: at most {self._limits.pixels}")
-        try:
-            return self._to_batch([body])
-        except BadImageError as error:
-            raise HTTPException(422, f"the image {error.reason}") from None
-
-    def _decode_array(self, body):
-        try:
-            with _READING_ARRAYS:
-                array = np.load(io.BytesIO(body), allow_pickle=False)
-        except (ValueError, OSError, EOFError, MemoryError, SyntaxError) as error:
-            raise HTTPException(422, f"not an .npy array: {' '.join(str(error).split())[:200]}") from None
-        return self._to_batch([array])
-
-    def _to_batch(self, images) -> np.ndarray:
-        return to_batch(images, self._predictor.image_shape, self._predictor.resize)[0]
+            return await self.decoders.decode(body, form, client, deadline)
+        except TooLate as late:
+            self._engine.count_refusal()
+            if late.begun:
+                raise Refusal("the image cannot be decoded fast enough for its deadline") from None
+            raise Refusal("images come faster than they can be decoded", 1.0) from None
 
 
-def _is_small(body) -> bool:
-    if len(body) > _SMALL_BODY:
-        return False
-    if body.startswith(b"\x93NUMPY"):
-        return True
+_TEXTS = ("application/json", "text/plain", "application/x-www-form-urlencoded")
+
+
+@contextlib.asynccontextmanager
+async def _until_it_leaves(request) -> AsyncIterator[None]:
+    """Cancel the block when the client closes its connection, and raise ClientDisconnect."""
+    task, left = asyncio.current_task(), False
+
+    async def watch():
+        nonlocal left
+        await request.receive()  # The body was read, so what comes is `http.disconnect`.
+        left = True
+        assert task is not None
+        task.cancel()
+
+    watching = asyncio.get_running_loop().create_task(watch())
     try:
-        with Image.open(io.BytesIO(body)) as image:
-            return image.width * image.height <= _SMALL_IMAGE
-    except Exception:  # Whatever is wrong with it is found, and told, when it is decoded.
-        return False
+        yield
+    except asyncio.CancelledError:
+        if left and task is not None and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watching.cancel()
 
 
-async def _file_of_form(request, body) -> tuple[bytes, str]:
-    """Returns the content and type of the one file in a form that was read already."""
+def _client(request) -> Hashable:
+    """Return who shares the decoders: a host, or a connection where all come from this machine."""
+    host, port = request.scope.get("client") or ("", 0)
+    return (host, port) if host.startswith(_LOOPBACK) else host
 
-    async def stream():
-        yield body
 
-    try:
-        form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=8).parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise HTTPException(400, f"not a form: {error}") from None
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(form.close)
-        files = [value for value in form.values() if not isinstance(value, str)]
-        if len(files) != 1:
-            raise HTTPException(400, "the form holds no file: send one, as image=@photo.jpg")
-        return await files[0].read(), files[0].content_type or ""
+def _run_in_thread(function, loop) -> asyncio.Future:
+    """Run a function in a thread that does not keep the process from ending."""
+    future = loop.create_future()
+
+    def finish(error):
+        if not future.done():
+            future.set_exception(error) if error else future.set_result(None)
+
+    def run():
+        error = None
+        try:
+            function()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # The loop is closed: the service was stopped meanwhile.
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=run, daemon=True, name="prepare").start()
+    return future
+
+
+async def _explain(request: Request, error: Exception) -> JSONResponse:
+    """Answer a query that is not valid, in one line."""
+    assert isinstance(error, RequestValidationError)
+    lines = []
+    for fault in error.errors()[:3]:
+        name = str(fault["loc"][-1])
+        if fault["type"] == "extra_forbidden":
+            names = list(PredictQuery.model_fields)
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(names)}"
+            lines.append(f"{name[:64]}: unknown; {hint}")
+        else:
+            lines.append(f"{name[:64]} {str(fault.get('input'))[:64]!r}: {fault['msg']}")
+    return JSONResponse({"detail": "; ".join(lines)}, 422)
+
+
+def _http_error(error: ContentError) -> HTTPException:
+    return _unavailable(error.reason, 1.0) if error.status == 503 else HTTPException(error.status, error.reason)
 
 
 def _with_token(route, token):
     async def guarded(request: Request, authorization: Annotated[str, Header()] = "") -> dict[str, Any]:
-        if not hmac.compare_digest(authorization.encode(), f"Bearer {token}".encode()):
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
             raise HTTPException(401, "PUT /budget needs the header Authorization: Bearer TOKEN")
         return await route(request)
 

@@ -5,6 +5,7 @@ Needs the extra `serve`.
 
 import dataclasses
 import gc
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,7 @@ def make_app(
     swept: "Artefact | None" = None,
     token: str | None = None,
     compile_first: bool = False,
+    stop_seconds: float = math.inf,
     on_ready: Callable[[str], None] = lambda what: None,
 ) -> "FastAPI":
     """Makes the application that serves an artefact: predictor, controller, engine and routes.
@@ -118,6 +120,7 @@ def make_app(
         token: without one, `PUT /budget` does not exist.
         compile_first: returns when all programs are compiled; else that starts with the application, which answers
             503 before.
+        stop_seconds: Time to answer what was accepted when the application stops.
         on_ready: hears how many instances are compiled, and which runtime runs them at which batch size.
 
     Raises:
@@ -126,6 +129,7 @@ def make_app(
     """
     import numpy as np  # With JAX: the caller may have prepared the process for it just now.
 
+    from sdpoint_jax.serving.decoders import Decoders
     from sdpoint_jax.serving.engine import Engine
     from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
     from sdpoint_jax.serving.selection import check_device
@@ -138,8 +142,11 @@ def make_app(
     runtime = predictor.runtimes[0] if len(predictor.runtimes) == 1 else None
     controller = make_controller(predictor.rows, settings, device=device, runtime=runtime)
     table = controller.table
+    limits = Limits(body_bytes=int(settings.max_upload_mb * (1 << 20)))
+    decoders = Decoders(predictor.image_shape, predictor.resize, pixels=limits.pixels)
 
     def prepare():
+        decoders.start()
         predictor.compile(table.names, table.batch_sizes)
         for name in table.names:
             for size in table.batch_sizes:  # The first run of a program takes longer.
@@ -155,5 +162,7 @@ def make_app(
         Engine(predictor, controller),
         prepare=(lambda: None) if compile_first else prepare,
         token=token,
-        limits=Limits(body_bytes=int(settings.max_upload_mb * (1 << 20))),
+        limits=limits,
+        decoders=decoders,
+        stop_seconds=stop_seconds,
     )

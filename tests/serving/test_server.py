@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import io
 import signal
 import socket
@@ -17,9 +18,11 @@ from PIL import Image
 
 from sdpoint_jax.serving.controller import Controller, LatencyTable
 from sdpoint_jax.serving.engine import Engine, Late, Refusal
+from sdpoint_jax.serving.line import Batch
 from sdpoint_jax.serving.predictor import Predictor
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
+prometheus_client = pytest.importorskip("prometheus_client", reason="needs the extra serve")
 httpx = pytest.importorskip("httpx2", reason="needs the extra dev")
 from fastapi.testclient import TestClient  # noqa: E402
 
@@ -157,6 +160,8 @@ def test_other_bodies_get_a_reason(client):
         (client.post("/predict", content=nested, headers={"Content-Type": "application/json"}), 415),
         (client.post("/predict", content=b"--x", headers={"Content-Type": "multipart/form-data"}), 400),
         (client.post("/predict", data={"image": "text"}, files={}), 415),
+        (client.post("/predict?max_mac=5", content=b"x"), 422),
+        (client.post("/predict?top=1&top=2", content=b"x"), 422),
         (
             client.post(
                 "/predict", files=[("a", services.encode(services.PICTURE)), ("b", services.encode(services.PICTURE))]
@@ -227,10 +232,77 @@ def test_what_happens_is_counted(client):
     assert "/predict" in client.get("/openapi.json").json()["paths"]
 
 
-def test_the_page_needs_no_network(client):
-    text = client.get("/").text
+@pytest.mark.parametrize("page", ["/", "/docs"])
+def test_the_pages_need_no_network(client, page):
+    text = client.get(page).text
     assert "<title>sdpoint_jax" in text
     assert text.replace("http://www.w3.org/2000/svg", "").count("://") == 0
+
+
+def test_the_page_of_routes_has_them_with_their_parameters(client):
+    text = client.get("/docs").text
+    for part in ("POST /predict", "PUT /budget", "deadline_ms", "max_macs", "min_top1", "> 0", "Default: 5."):
+        assert part.replace(">", "&gt;") in text, part
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["application/x-www-form-urlencoded", "application/json", "text/plain; charset=x", "multipart/form-data", ""],
+)
+def test_a_body_counts_by_its_content(client, kind):
+    for body in (services.encode(services.PICTURE), npy(np.asarray(services.PICTURE)[..., None])):
+        assert client.post("/predict", content=body, headers={"Content-Type": kind}).status_code == 200
+
+
+def test_a_wrong_parameter_gets_the_nearest(client):
+    answer = client.post("/predict?dedline_ms=5", content=b"x").json()
+    assert answer == {"detail": "dedline_ms: unknown; did you mean deadline_ms?"}
+
+
+def test_costs_are_those_of_full_resolution_even_where_it_is_not_served(predictor):
+    cheap = [row for row in predictor.rows if row.name != "full"]
+    full = next(row.macs for row in predictor.rows if row.name == "full")
+    controller = Controller(LatencyTable.from_rows(cheap), objective=1.0)
+    with TestClient(create_app(predictor, Engine(predictor, controller))) as client:
+        wait_until_ready(client)
+        answer = client.get("/instances").json()
+    assert answer["full_macs"] == full
+    assert {row["instance"]: row["relative_macs"] for row in answer["instances"]} == {
+        row.name: row.macs / full for row in cheap
+    }
+
+
+def test_a_client_that_leaves_is_counted_and_its_request_withdrawn(predictor):
+    app = create_app(predictor, make_engine(predictor))
+    body = npy(np.zeros((8, 8, 1), np.uint8))
+    head = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+
+    async def ask(messages, seconds=30.0):
+        """The outcome of a request whose client sends these messages and then closes the connection."""
+        left, sent = iter(messages), []
+
+        async def receive():
+            return next(left, {"type": "http.disconnect"})
+
+        async def send(message):
+            sent.append(message)
+
+        await asyncio.wait_for(app(head | {"client": ("127.0.0.1", 1)}, receive, send), seconds)
+
+    async def leave():
+        async with app.state.service.lifespan(app):
+            while not app.state.service._preparing.done():
+                await asyncio.sleep(0.01)
+            engine = app.state.service._engine
+            engine.controller._running = [Batch((), "full", 1, 0, time.monotonic(), 0.01)]  # So that requests wait.
+            await ask([{"type": "http.request", "body": body[:50], "more_body": True}])
+            await ask([{"type": "http.request", "body": body}])
+            assert engine.controller.waiting == 0 and not engine._waiting
+            engine.controller._running = [None]
+
+    asyncio.run(leave())
+    text = prometheus_client.generate_latest(app.state.service.metrics.registry).decode()
+    assert 'sdpoint_requests_total{outcome="left"} 2.0' in text and 'outcome="failed"' not in text
 
 
 def test_many_at_once_each_get_their_own_answer(predictor):
@@ -379,48 +451,22 @@ def test_requests_begin_a_few_in_each_turn_in_the_order_in_which_they_came():
     assert all(b - a <= 4 for a, b in zip(turns, turns[1:])) and begun[0][1] <= begun[29][1] <= begun[30][1]
 
 
-def test_small_images_are_read_on_the_spot_and_others_in_a_thread(client, monkeypatch):
-    threads = []
-    decode = client.app.state.service._decode
-
-    def watched(body, kind):
-        threads.append(threading.current_thread().name)
-        return decode(body, kind)
-
-    monkeypatch.setattr(client.app.state.service, "_decode", watched)
-    for size in (64, 512):
-        file = io.BytesIO()
-        Image.new("RGB", (size, size)).save(file, "PNG")
-        assert client.post("/predict", content=file.getvalue()).status_code == 200
-    assert not threads[0].startswith("decode") and threads[1].startswith("decode")
-
-
-def test_an_image_that_waited_too_long_to_be_decoded_is_refused_without(client, monkeypatch):
-    service, decoded, go_on = client.app.state.service, [], threading.Event()
-    monkeypatch.setattr(service, "_decode", lambda body, kind: decoded.append(kind))
-    held = [service._decoders.submit(go_on.wait) for _ in range(service._decoders._max_workers)]
-    file = io.BytesIO()
-    Image.new("RGB", (512, 512)).save(file, "PNG")
-
-    def hold():
-        while not all(task.running() for task in held) or service._decoders._work_queue.empty():
-            time.sleep(0.01)
-        time.sleep(0.15)  # Longer than its deadline.
-        go_on.set()
-
-    threading.Thread(target=hold).start()
-    refused = client.post("/predict?deadline_ms=100", content=file.getvalue())
-    assert all(task.result() for task in held)
+def test_an_image_that_waits_too_long_to_be_decoded_is_refused(client, monkeypatch):
+    client.post("/predict", content=services.encode(services.PICTURE))  # Its decoder has started.
+    quick, _ = client.app.state.service.decoders._lanes
+    monkeypatch.setattr(quick, "lane", dataclasses.replace(quick.lane, processes=len(quick.processes)))
+    monkeypatch.setattr(quick, "_free", [])  # As if all were busy.
+    refused = client.post("/predict?deadline_ms=50", content=services.encode(services.PICTURE))
     assert refused.status_code == 503 and "faster than they can be decoded" in refused.text
-    assert not decoded and refused.headers["Retry-After"] == "1"
+    assert refused.headers["Retry-After"] == "1" and not client.app.state.service.decoders.waiting
 
 
-def test_bodies_that_are_too_many_together_are_refused_and_forgotten(client, monkeypatch):
-    service, body = client.app.state.service, npy(np.zeros((8, 8, 1), np.uint8))
-    monkeypatch.setattr(service, "_held_bytes", 32 * (1 << 20) - len(body) + 1)  # As if others were being read.
+def test_uploads_that_are_too_many_together_are_refused_and_forgotten(client, monkeypatch):
+    uploads, body = client.app.state.service.uploads, npy(np.zeros((8, 8, 1), np.uint8))
+    monkeypatch.setattr(uploads, "held_bytes", 32 * (1 << 20) - len(body) + 1)  # As if others were being decoded.
     refused = client.post("/predict", content=body)
     assert refused.status_code == 503 and "too many uploads at once" in refused.text
-    monkeypatch.setattr(service, "_held_bytes", service._held_bytes - 1)
+    monkeypatch.setattr(uploads, "held_bytes", uploads.held_bytes - 1)
     for _ in range(2):  # Its bytes are given back.
         assert client.post("/predict", content=body).status_code == 200
 
