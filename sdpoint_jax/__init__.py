@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sdpoint_jax.serving.selection import select as select
     from sdpoint_jax.storage.checkpoint import load_newest as load_checkpoint  # noqa: F401
 
+__version__ = "0.1.0"
 _HOMES = {
     "FULL_RESOLUTION": ("instance", "FULL_RESOLUTION"),
     "STEM": ("instance", "STEM"),

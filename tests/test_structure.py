@@ -82,6 +82,21 @@ def test_setup_installs_every_room():
     assert set(setup["options"]["packages"].split()) == folders | {"sdpoint_jax.configs"}
 
 
+def test_there_is_one_version(capsys):
+    import importlib.metadata
+
+    import sdpoint_jax
+    from sdpoint_jax.cli import main
+
+    assert importlib.metadata.version("sdpoint_jax") == sdpoint_jax.__version__
+    assert f"\nversion: {sdpoint_jax.__version__}\n" in (PACKAGE.parent / "CITATION.cff").read_text()
+    for arguments, command in ((["--version"], None), (["--version"], "train")):
+        with pytest.raises(SystemExit, match="^0$|^None$"):
+            main.main(arguments, command=command)
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"sdpoint_jax {sdpoint_jax.__version__} (jax {importlib.metadata.version('jax')}, ")
+
+
 def test_no_room_imports_one_above_it():
     floors = {}
     for room, imported in IMPORTS.items():

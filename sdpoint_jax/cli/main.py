@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sdpoint_jax.cli import config_flag, distributed
-from sdpoint_jax.cli.parser import FAILED, Parser
+from sdpoint_jax.cli.parser import FAILED, Parser, ShowVersion
 from sdpoint_jax.paths import check_local
 from sdpoint_jax.training.stop import STOPPED
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
         args = _parser().parse_args(others)
         command = args.command
     else:
-        script = Parser(prog=f"{command}.py")
+        script = _add_version(Parser(prog=f"{command}.py"))
         args = _add_command(script, command).parse_args(others)
     args.config_arguments = ours
     if ours and not getattr(args, "takes_config", False):
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
 
 def _parser():
     parser = Parser(prog="python -m sdpoint_jax", description="Train one net, run it at dozens of costs (SDPoint).")
+    _add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     for name, (_, summary) in COMMANDS.items():
         _add_command(commands.add_parser(name, help=summary), name)
@@ -79,6 +80,11 @@ def _parser():
     except ImportError:
         return parser
     argcomplete.autocomplete(parser)  # Completes with the Tab key, where the shell is set up for it.
+    return parser
+
+
+def _add_version(parser):
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print versions and exit")
     return parser
 
 

@@ -1,9 +1,13 @@
 """The parser of the command line: one class for all commands, flags with dashes, errors in one line."""
 
 import argparse
+import importlib.metadata
+import platform
 import re
 import sys
 from typing import Any, NoReturn
+
+import sdpoint_jax
 
 FAILED = 2  # Exit code after any error.
 
@@ -13,6 +17,18 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODULE:CLASS", help="the artefact's net, where it is your own: its module's code is run"
     )
+
+
+class ShowVersion(argparse.Action):
+    """Print the versions that a report of a fault should name, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Look them up now: a command that does not ask for them should not pay for it."""
+        names = ("jax", "jaxlib", "flax")
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+        versions += [f"Python {platform.python_version()}", f"{platform.system()} {platform.machine()}"]
+        print(f"sdpoint_jax {sdpoint_jax.__version__} ({', '.join(versions)})")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):

@@ -105,6 +105,11 @@ class Predictor:
         self._compiled: dict[SDPointInstance, tuple[int, ...]] = {}
         self._compiled_cascades: dict[tuple[SDPointInstance, ...], tuple[int, ...]] = {}
 
+    def __repr__(self) -> str:
+        count = f"; compiled: {len(self._compiled)} of them" if self._compiled else ""
+        where = f"on {self.device}" + (f" and {len(self._replicas) - 1} more" if len(self._replicas) > 1 else "")
+        return f"<Predictor of {self._artefact.describe()}{count}\n  {where}, in {' or '.join(self.runtimes)}>"
+
     @classmethod
     def load(
         cls,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdpoint_jax.config import upgrade
-from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.table import InstanceRow, Latency
 
@@ -40,7 +40,7 @@ class SweepSettings:
     dtype: str = "float32"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Artefact:
     """What a sweep leaves to deploy.
 
@@ -82,9 +82,26 @@ class Artefact:
     downsampling: str = "avg"
     given_model: Any = dataclasses.field(default=None, compare=False, repr=False)
 
+    def __repr__(self) -> str:
+        devices = dict.fromkeys(latency.device for row in self.rows for latency in row.latencies)
+        measured = f"profiled on {', '.join(devices)}" if devices else "not profiled on any device"
+        return f"<Artefact of {self.describe()}\n  {measured}>"
+
+    def describe(self) -> str:
+        """Describe net and instances in two lines."""
+        images = "x".join(map(str, self.image_shape))
+        first = f"{self.model}: {self.num_classes} classes, images {images}, {self.dtype}"
+        ends = [f"{row.name} ({row.macs:,} MACs, top-1 {100 * row.top1:.2f} %)" for row in self._cheapest_and_dearest()]
+        count = f"{len(self.rows)} instance{'s' if len(self.rows) != 1 else ''}"
+        return f"{first}\n  {count}: {' to '.join(ends)}"
+
+    def _cheapest_and_dearest(self):
+        ordered = sorted(self.rows, key=lambda row: (row.macs, row.instance == FULL_RESOLUTION))
+        return ordered[:1] + ordered[1:][-1:]
+
     @property
     def num_classes(self) -> int:
-        """Counts the classes, K."""
+        """Number of classes, K."""
         return len(self.class_names)
 
     def row(self, instance: SDPointInstance) -> InstanceRow:

@@ -270,6 +270,21 @@ def test_after_compile_a_mean_cost_chooses_among_the_compiled_cascades(swept, te
         predictor.predict(test_images[0][:2], max_macs=1e9)
 
 
+def test_what_a_notebook_shows_fits_three_lines(swept):
+    found = dataclasses.replace(artefact.load(swept.folder / "artefact"), rows=ROWS)
+    net = """wrn10_1: 10 classes, images 8x8x1, float32
+  4 instances: p01_r0.50 (30 MACs, top-1 70.00 %) to full (100 MACs, top-1 90.00 %)"""
+    assert repr(found) == f"<Artefact of {net}\n  not profiled on any device>"
+    row = _with_latencies(ROWS[0], "cpu: other")
+    assert repr(found.with_rows([row])).endswith(
+        "  1 instance: full (100 MACs, top-1 90.00 %)\n  profiled on cpu: other>"
+    )
+    predictor = Predictor(found, runtime="xla")
+    assert repr(predictor) == f"<Predictor of {net}\n  on {describe_device()}, in xla>"
+    predictor._compiled = {row.instance: (1,)}
+    assert "top-1 90.00 %); compiled: 1 of them\n" in repr(predictor)
+
+
 def test_threads_get_the_answers_to_their_own_images(predictor, test_images):
     images, names = test_images[0], [row.name for row in predictor.rows]
     expected = {name: predictor.predict(images[:64], instance=name) for name in names}
