@@ -47,12 +47,14 @@ class Source:
         data_dir: of prepared data sets; empty for the usual place.
         epochs: of a recipe of length 1; None for the study's own.
         init_from: checkpoint to start from, for the studies that need one.
+        num_workers: processes that read images; 0 for a thread.
     """
 
     data: str
     data_dir: str = ""
     epochs: float | None = None
     init_from: str = ""
+    num_workers: int = 0
 
     @property
     def name(self) -> str:
@@ -110,6 +112,7 @@ def make_config(cell: Cell, source: Source) -> ConfigDict:
         (config[path[0]] if path else config)[last] = value
     config.seed = cell.seed
     config.dataset.name, config.dataset.data_dir = source.data, source.data_dir
+    config.dataset.num_workers = source.num_workers
     epochs = cell.recipe.length * (cell.study.epochs if source.epochs is None else source.epochs)
     config.num_epochs = float(epochs or 1)  # Of length 0, nothing is trained.
     _check(config)

@@ -366,20 +366,57 @@ STUDY_F = Study(
     ),
 )
 
+# In the time of the paper's draw. Soft targets beside the labels: half of the loss.
+_SANDWICH_LENGTH = 1 / _SANDWICH_COST
+_MEAN_TEACHES = {**_SANDWICH, "distillation": 0.5, "distillation_targets": "mean"}
+_OWN_NORMS = {"model.norm_parameters": "per_instance"}
+# Full resolution in half of the steps. The other 18 instances of ResNet-20 share the rest.
+_HALF_FULL = {"sampling": "weighted", "sampling_weights": (18.0, *[1.0] * 18)}
+
 STUDY_G = Study(
     "G",
-    "Which changes to the paper's draw close the gap to plain training, on the whole of CIFAR-10?",
+    "Which changes to the paper's draw close the gap to plain training, at the same compute?",
     _WHOLE,
     epochs=12,
     recipes=(
         Recipe("plain", PLAIN),
         Recipe("sdpoint", sweeps=_WITH_CASCADES),
+        Recipe("mean_own_norms", {**_MEAN_TEACHES, **_OWN_NORMS}, _SANDWICH_LENGTH),
+        Recipe("half_full", _HALF_FULL, 0.88),
+        Recipe("stage_ends", {"points": (0, 3, 6, 9)}, 0.89),
+        Recipe("sandwich", _SANDWICH, _SANDWICH_LENGTH),
+        Recipe("mean", _MEAN_TEACHES, _SANDWICH_LENGTH),
+        Recipe("mean_late", {**_MEAN_TEACHES, "distillation_start": 1 / 3}, _SANDWICH_LENGTH),
+        Recipe("own_norms", _OWN_NORMS),
+        Recipe("annealed", {"sampling": "cost", "sampling_powers": (-1.0, 2.0)}),  # From the cheap to the dear.
+        Recipe("light", {"weight_decay": 1e-4}),
+        Recipe("averaged", {"ema_decay": 0.998}),  # A horizon of 500 steps, a ninth of the training.
     ),
     curves=(
         Curve("SDPoint: the paper's draw", ("sdpoint",)),
         Curve("plain: one net, downsampled at inference only", ("plain",)),
+        Curve("sandwich, mean of all as the teacher, own BatchNorm", ("mean_own_norms",)),
+        Curve("full resolution in half of the steps", ("half_full",)),
+        Curve("the ends of the stages alone", ("stage_ends",)),
     ),
-    comparisons=(Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),),
+    comparisons=(
+        Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),
+        *(
+            Comparison(name, "sdpoint", label, "the paper's draw")
+            for name, label in {
+                "mean_own_norms": "mean of all as the teacher, own BatchNorm",
+                "half_full": "full resolution in half of the steps",
+                "stage_ends": "the ends of the stages alone",
+                "sandwich": "sandwich",
+                "mean": "sandwich, mean of all as the teacher",
+                "mean_late": "the same, after a third of the steps",
+                "own_norms": "own BatchNorm",
+                "annealed": "draw from the cheap to the dear",
+                "light": "weight decay 1e-4",
+                "averaged": "averaged parameters",
+            }.items()
+        ),
+    ),
 )
 
 STUDY_H = dataclasses.replace(
@@ -395,4 +432,44 @@ STUDY_H = dataclasses.replace(
     comparisons=tuple(each for each in STUDY_D.comparisons if each.recipe != "taught_20_own_norms"),
 )
 
-STUDIES = {study.name: study for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F, STUDY_G, STUDY_H)}
+# With augmentation, the trainings are those of study F.
+STUDY_I = Study(
+    "I",
+    "Does training with SDPoint make the net more accurate at full resolution, when it is trained out?",
+    _WHOLE,
+    epochs=40,
+    recipes=(
+        Recipe("sdpoint", sweeps=_STATISTICS),
+        Recipe("plain", PLAIN, sweeps=_STATISTICS),
+        Recipe("sdpoint_bare", {"dataset.augmentation": "none"}, sweeps=_CLEAN),
+        Recipe("plain_bare", {**PLAIN, "dataset.augmentation": "none"}, sweeps=_CLEAN),
+    ),
+    curves=tuple(
+        Curve(f"{recipe}, statistics from {images} images", (recipe,), "full", images)
+        for recipe in ("sdpoint", "plain")
+        for images in ("augmented", "clean")
+    ),
+    comparisons=(
+        Comparison("sdpoint", "plain", "SDPoint", "plain"),
+        Comparison("sdpoint_bare", "plain_bare", "SDPoint", "plain"),
+    ),
+    x="statistics_batches",
+)
+
+STUDY_J = Study(
+    "J",
+    "Is it so for a larger net, ResNet-18?",
+    {**_WHOLE, "model.name": "resnet18_cifar", "model.dtype": "bfloat16"},
+    epochs=40,
+    recipes=(Recipe("plain", PLAIN), Recipe("sdpoint", sweeps=_WITH_CASCADES)),
+    curves=(
+        Curve("SDPoint: one net", ("sdpoint",)),
+        Curve("plain: one net, downsampled at inference only", ("plain",)),
+    ),
+    comparisons=(Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),),
+)
+
+STUDIES = {
+    study.name: study
+    for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F, STUDY_G, STUDY_H, STUDY_I, STUDY_J)
+}

@@ -44,7 +44,7 @@ def _run(args):
     import runner
 
     study = grids.STUDIES[args.study]
-    source = cells.Source(args.data, args.data_dir, args.epochs, args.init_from)
+    source = cells.Source(args.data, args.data_dir, args.epochs, args.init_from, args.num_workers)
     seeds = comma_separated(args.seeds, int, "seeds") or study.seeds
     chosen = cells.list_cells(study, seeds, [name for name in args.cells.split(",") if name])
     output, file = pathlib.Path(args.out), pathlib.Path(args.results or RESULTS / f"{study.name}.csv")
@@ -64,6 +64,7 @@ def _parser():
     parser.add_argument("--seeds", default="", help="numbers with commas between them; by default the study's")
     parser.add_argument("--cells", default="", help="names of some recipes, with commas between them; by default all")
     parser.add_argument("--epochs", type=float, help="of a recipe of length 1; by default the study's")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read images; by default a thread")
     parser.add_argument("--init-from", default="", help="checkpoint to start from, for a study of trained nets")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     parser.add_argument("--list", action="store_true", help="show the cells, and run none")

@@ -217,6 +217,8 @@ ARCHITECTURES = {
     **{f"resnet{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110, 1202)},
     **{f"preresnet{depth}": _preresnet(depth) for depth in (20, 56, 110)},
     "preresnet164": _preresnet(164, bottleneck=True),
+    # ResNet-18 with a 3x3 stem and no max-pool, as most CIFAR code bases have it.
+    "resnet18_cifar": _imagenet(18, imagenet_stem=False),
     "resnext29_8x64d": Architecture((3, 3, 3), 512, 256, True, imagenet_stem=False, groups=8),
     "wrn28_10": _wide(28, 10),
 }

@@ -263,6 +263,7 @@ PUBLISHED_PARAMETERS = {
     "resnet110": (10, 1_727_962),
     "resnet1202": (10, 19_421_274),
     "wrn28_10": (10, 36_479_194),  # Zagoruyko & Komodakis 2016.
+    "resnet18_cifar": (10, 11_173_962),  # kuangliu/pytorch-cifar.
     # torchvision's.
     "resnext101_32x8d": (1000, 88_791_336),
     "resnext101_64x4d": (1000, 83_455_272),
