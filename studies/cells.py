@@ -24,7 +24,7 @@ from sdpoint_jax.evaluation.sweep import sweep
 from sdpoint_jax.experiment import Experiment, parse_instances
 from sdpoint_jax.instance import FULL_RESOLUTION, SAMPLINGS, WEIGHTED, SDPointInstance
 from sdpoint_jax.models.cascade import select_cascade
-from sdpoint_jax.models.registry import architecture
+from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow
 from sdpoint_jax.training import loop
@@ -121,7 +121,7 @@ def make_config(cell: Cell, source: Source) -> ConfigDict:
 
 def _check(config):
     try:
-        architecture(config.model.name)
+        create_model(config.model.name, num_classes=10)
     except ValueError:
         raise NotAvailableError(f"this version has no net {config.model.name!r}") from None
     try:
