@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import results
 from grids import STATISTICS_BATCHES, Curve, Study
@@ -54,15 +55,73 @@ def draw(study: Study, rows: Sequence[Row], path: str | os.PathLike) -> None:
         axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150, format="png", metadata={"Software": None})
-    files.write_atomically(path, image.getvalue())
+    _save(figure, path)
 
 
 _X_LABELS = {
     "macs": "millions of multiply-accumulates (MACs) per image",
     "statistics_batches": "batches of images that the BatchNorm statistics come from",
 }
+
+
+def draw_headline(study: Study, rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Draw the study's headline as PNG at `path`; see `write_headline`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    write_headline(study, rows, FigureCanvasAgg(figure).figure.subplots())
+    _save(figure, path)
+
+
+def has_headline(study: Study, rows: Sequence[Row]) -> bool:
+    """Return whether the study has a headline, and `rows` all points of it."""
+    line = study.headline
+    return line is not None and all(
+        line.instance in _fronts(rows, recipe)[1] for recipe in (line.recipe, line.baseline)
+    )
+
+
+def write_headline(study: Study, rows: Sequence[Row], axes: Any) -> None:
+    """Draw two curves with their names beside them, and write their difference at one instance.
+
+    The curves join the instances that no other one of their recipe beats; means over the seeds.
+    """
+    line = study.headline
+    assert line is not None
+    (front, at), (baseline, baseline_at) = (_fronts(rows, recipe) for recipe in (line.recipe, line.baseline))
+    full = max(point.macs for point in front)
+
+    def place(point):
+        return 100 * point.macs / full, 100 * point.mean
+
+    styles = dict(color="tab:blue", marker="o"), dict(color="tab:gray", marker="s")
+    # The names are at the middles of the curves, above the better one and below the other.
+    for points, label, style, side in (
+        (front, line.label, styles[0], 1),
+        (baseline, line.baseline_label, styles[1], -1),
+    ):
+        axes.plot(*zip(*map(place, points)), linewidth=2, markersize=5, **style)
+        offset = {"xytext": (0, 14 * side), "textcoords": "offset points", "ha": "center", "va": "center"}
+        axes.annotate(label, place(points[len(points) // 2]), color=style["color"], **offset)
+    (x, high), (_, low) = place(at[line.instance]), place(baseline_at[line.instance])
+    axes.annotate("", (x, high), (x, low), arrowprops=dict(arrowstyle="->", color="black", shrinkA=4, shrinkB=4))
+    axes.text(x + 1.5, (high + low) / 2, f"{high - low:+.1f} points\nat {x:.0f} % of the cost", va="center")
+    axes.set(xlabel="cost of an image, in % of the whole network's", ylabel="images classified correctly (%)")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+
+
+def _fronts(rows, recipe):
+    """Return the Pareto front of a recipe's instances, and all of its points by their instances' names."""
+    points = results.points(rows, recipe, statistics="augmented", batches=STATISTICS_BATCHES)
+    return pareto_front(points), {point.first.instance: point for point in points}
+
+
+def _save(figure, path):
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png", metadata={"Software": None})
+    files.write_atomically(path, image.getvalue())
 
 
 def points_of(study: Study, curve: Curve, rows: Sequence[Row]) -> tuple[Point, ...]:

@@ -80,6 +80,23 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class Headline:
+    """A picture for readers who know none of the study's words: two curves and the difference between them.
+
+    Attributes:
+        recipe, baseline: their names.
+        label, baseline_label: what stands beside their curves.
+        instance: where the difference is written.
+    """
+
+    recipe: str
+    baseline: str
+    label: str
+    baseline_label: str
+    instance: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """A grid of recipes and seeds that answers one question.
 
@@ -95,6 +112,7 @@ class Study:
         seeds: by default.
         x: what the figure's horizontal axis shows: MACs, or batches that the statistics come from.
         needs_init: whether training starts from a given checkpoint.
+        headline: a simpler picture beside the figure; None for none.
     """
 
     name: str
@@ -107,6 +125,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     x: Literal["macs", "statistics_batches"] = "macs"
     needs_init: bool = False
+    headline: Headline | None = None
 
     def recipe(self, name: str) -> Recipe:
         """Returns the recipe called `name`; raises ValueError, with those that there are, if there is none."""
@@ -302,6 +321,7 @@ STUDY_D = Study(
         Comparison("taught_20_own_norms", "taught_20", "with BatchNorm parameters of its own", "20 epochs, shared"),
     ),
     needs_init=True,
+    headline=Headline("taught_20", "paper_0", "after 20 epochs of fine-tuning", "as published", "p01_r0.50"),
 )
 
 _RATIOS = {
@@ -364,6 +384,7 @@ STUDY_F = Study(
         Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),
         Comparison("sdpoint_set", "sdpoint", "SDPoint, compute of three nets", "SDPoint, as long as one net"),
     ),
+    headline=Headline("sdpoint", "plain", "one network, trained with SDPoint", "trained as usual", "p01_r0.50"),
 )
 
 # In the time of the paper's draw. Soft targets beside the labels: half of the loss.

@@ -1,7 +1,7 @@
 """Draws a study's figure and writes its tables, from its file of results alone: python studies/report.py A
 
-Writes STUDY.png and STUDY.md beside the results, or to --output. The same file gives the same text and, with one
-version of matplotlib, the same picture. Exit codes: 0 done, 2 error.
+Writes STUDY.png, STUDY.md and, for some, STUDY_headline.png beside the results, or to --output. The same file gives the
+same text and, with one version of matplotlib, the same picture. Exit codes: 0 done, 2 error.
 """
 
 import pathlib
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(study: grids.Study, file: pathlib.Path, output: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes the figure and the snippets of a study.
+def write_report(study: grids.Study, file: pathlib.Path, output: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Write the figure and the snippets of a study, and its headline if it has one.
 
     Args:
         study: the study.
@@ -45,7 +45,7 @@ def write_report(study: grids.Study, file: pathlib.Path, output: pathlib.Path) -
         output: folder to write to.
 
     Returns:
-        the paths of the picture and of the text.
+        the paths of the picture, of the text and of the headline.
 
     Raises:
         ValueError: no results, or of another study.
@@ -57,7 +57,11 @@ def write_report(study: grids.Study, file: pathlib.Path, output: pathlib.Path) -
     output.mkdir(parents=True, exist_ok=True)
     figures.draw(study, rows, picture)
     files.write_atomically(text, page.write_snippets(study, rows))
-    return picture, text
+    if not figures.has_headline(study, rows):
+        return picture, text
+    headline = output / f"{study.name}_headline.png"
+    figures.draw_headline(study, rows, headline)
+    return picture, text, headline
 
 
 if __name__ == "__main__":

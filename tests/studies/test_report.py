@@ -107,6 +107,20 @@ def test_the_front_leaves_out_what_another_point_beats(rows):
     assert [point.first.instance for point in figures.pareto_front(points)] == ["p01_r0.50", "full"]
 
 
+def test_the_headline_says_the_difference_at_its_instance(rows, tmp_path):
+    from matplotlib.figure import Figure
+
+    line = grids.Headline("sdpoint", "plain", "ours", "others", "p01_r0.50")
+    study = dataclasses.replace(grids.STUDY_A, headline=line)
+    axes = Figure().subplots()
+    figures.write_headline(study, rows, axes)
+    assert {text.get_text() for text in axes.texts} == {"ours", "others", "", "+25.5 points\nat 35 % of the cost"}
+    results.write(tmp_path / "A.csv", rows)
+    assert report.write_report(study, tmp_path / "A.csv", tmp_path)[2].read_bytes().startswith(b"\x89PNG")
+    alone = [row for row in rows if row.recipe == "sdpoint"]
+    assert not figures.has_headline(study, alone) and not figures.has_headline(grids.STUDY_A, rows)
+
+
 def wrap(text):
     return f"# Results\n\n99.9 is not ours.\n<!-- study A -->\n{text}\n<!-- end of study A -->\n12345\n"
 
