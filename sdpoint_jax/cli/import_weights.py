@@ -3,7 +3,8 @@
     python -m sdpoint_jax import checkpoint.pth.tar --model=preresnet101 --output=runs/preresnet101
     python -m sdpoint_jax import resnet20.th --model=resnet20 --rename=linear:fc --output=runs/resnet20
 
-Pickled files need PyTorch, .safetensors files do not.
+A checkpoint as a training script or Lightning leaves it will do: the net's tensors are found in it, and what else it
+holds is listed. Files are read as plain data; PyTorch is not needed.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import pathlib
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("file", type=pathlib.Path, help="ending in .pth.tar, .pth, .pt, .th, .bin or .safetensors")
+    parser.add_argument(
+        "file", type=pathlib.Path, help="ending in .pth.tar, .pth, .pt, .th, .bin, .ckpt or .safetensors"
+    )
     parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
     parser.add_argument(
         "--output", required=True, type=pathlib.Path, help="folder of the checkpoint: new, empty or a checkpoint"
@@ -26,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="OLD:NEW",
         help="call part of the tensors' names otherwise first, as linear:fc; may be given several times",
+    )
+    parser.add_argument(
+        "--key",
+        help="which state dict of a file with several, as model_ema; by default state_dict, model, or the only one",
     )
 
 
@@ -43,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
         channels=args.channels,
         reset_head=args.reset_head,
         renames=args.rename,
+        key=args.key,
     )
     checkpoint.save(args.output, variables, record | {"format": config.FORMAT})
+    if others := record["passed_over"]:
+        print(f"passed over in the file: {torch_import.some(others, 12)}")
     print(f"imported {args.file} as {args.model} with {record['num_classes']} classes: {args.output}")
