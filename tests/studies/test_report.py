@@ -9,6 +9,8 @@ import report
 import results
 from tiny_study import row
 
+from sdpoint_jax.instance import FULL_RESOLUTION
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -166,6 +168,14 @@ def test_the_committed_tables_are_those_of_the_results():
         assert file.with_suffix(".md").read_text() == page.write_snippets(grids.STUDIES[file.stem], rows), file
 
 
+def mean_over_draw(values):
+    """The mean under the paper's draw: uniform over points, then over the ratios at a point."""
+    by_point = {}
+    for instance, value in values.items():
+        by_point.setdefault(instance.point, []).append(value)
+    return sum(sum(some) / len(some) for some in by_point.values()) / len(by_point)
+
+
 def test_the_sandwich_costs_what_its_study_says():
     from sdpoint_jax.models.registry import create_model
     from sdpoint_jax.profiling.macs import count_macs, count_suffix_macs
@@ -179,11 +189,32 @@ def test_the_sandwich_costs_what_its_study_says():
         return count_suffix_macs(model, instance, model.last_shared_point(instance), 32) if instance.point else 0
 
     def mean_of_draw(of):
-        by_point = {}
-        for instance in model.instances():
-            by_point.setdefault(instance.point, []).append(of(instance))
-        return sum(sum(some) / len(some) for some in by_point.values()) / len(by_point)
+        return mean_over_draw({instance: of(instance) for instance in model.instances()})
 
     full, *others = model.instances()
     sandwich = cost(full) + suffix(min(others, key=cost)) + mean_of_draw(suffix)
     assert grids.STUDY_C.recipe("paper_same_compute").length == pytest.approx(sandwich / mean_of_draw(cost), abs=0.05)
+
+
+def test_the_nets_that_one_net_replaces_cost_what_its_study_says():
+    from sdpoint_jax.models.registry import create_model
+    from sdpoint_jax.profiling.macs import count_macs
+
+    model = create_model("resnet20", 10)
+    replaced = sum(count_macs(model, FULL_RESOLUTION, side) for side in (32, 24, 20))
+    costs = {instance: count_macs(model, instance, 32) for instance in model.instances()}
+    drawn = mean_over_draw(costs)
+    assert grids.STUDY_F.recipe("sdpoint_set").length == pytest.approx(replaced / drawn, abs=0.05)
+
+
+def test_recipes_with_another_draw_cost_what_the_paper_s_does():
+    from sdpoint_jax.models.registry import create_model
+    from sdpoint_jax.profiling.macs import count_macs
+
+    model = create_model("resnet20", 10)
+    costs = {instance: count_macs(model, instance, 32) for instance in model.instances()}
+    weights = grids.STUDY_G.recipe("half_full").changes["sampling_weights"]
+    half = sum(w * cost for w, cost in zip(weights, costs.values(), strict=True)) / sum(weights)
+    ends = {i: costs[i] for i in model.instances(points=grids.STUDY_G.recipe("stage_ends").changes["points"])}
+    for name, mean in {"half_full": half, "stage_ends": mean_over_draw(ends)}.items():
+        assert grids.STUDY_G.recipe(name).length * mean == pytest.approx(mean_over_draw(costs), rel=0.01), name
