@@ -142,6 +142,15 @@ class Point:
         return max(row.top1 for row in self.rows)
 
 
+def training_time(rows: Iterable[Row]) -> tuple[int, float]:
+    """Return the number of trainings behind rows of any studies, and their hours of processor time.
+
+    Studies share trainings that have the same settings, data and seed. Unknown times count as none.
+    """
+    seconds = {(row.settings, row.dataset, row.seed): row.train_cpu_seconds for row in rows if row.images_seen}
+    return len(seconds), sum(filter(None, seconds.values())) / 3600
+
+
 def points(
     rows: Iterable[Row],
     recipe: str,

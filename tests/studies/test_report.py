@@ -162,6 +162,20 @@ def test_the_results_page_says_what_the_results_say():
         assert page.check_page(text, results.read(ROOT / "studies" / "results" / f"{name}.csv")) == []
 
 
+def test_the_results_page_says_what_its_trainings_took():
+    rows = [row for file in (ROOT / "studies" / "results").glob("?.csv") for row in results.read(file)]
+    trainings, hours = results.training_time(rows)
+    sentence = f"The {trainings} trainings behind it took {hours:.1f} hours of processor time"
+    assert sentence in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_trainings_that_studies_share_count_once(rows):
+    again = dataclasses.replace(rows[0], study="B")
+    untrained = row("paper_0", "full", 40_800_000, 0.9, images_seen=0, train_cpu_seconds=None)
+    other = row("sdpoint", "full", 40_800_000, 0.9, settings="ba9876543210", train_cpu_seconds=3000.0)
+    assert results.training_time([*rows, again, untrained, other]) == (3, (300 + 300 + 3000) / 3600)
+
+
 def test_the_committed_tables_are_those_of_the_results():
     for file in sorted((ROOT / "studies" / "results").glob("?.csv")):
         rows = results.read(file)
