@@ -2,7 +2,7 @@
 
 OpenCV decodes ordinary JPEG and PNG files, nearly all there are, to the same pixels as PIL and about 1.5 times faster.
 PIL decodes everything else (CMYK, palettes, 16 bits, WebP, ...), as in torchvision's `ImageFolder`. Like there, the
-EXIF orientation is ignored and an alpha channel is dropped.
+EXIF orientation is ignored and an alpha channel is dropped. Unlike there, grey images of 16 bits are scaled to 8.
 """
 
 import io
@@ -87,10 +87,37 @@ def from_pil(image: Image.Image, channels: int) -> np.ndarray:
     try:
         image.load()
         image.info.pop("transparency", None)  # PIL would warn that it is dropped.
-        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+        pixels = np.asarray(_eight_bits(image).convert("RGB" if channels == 3 else "L"))
+    except BadImageError:
+        raise
     except Exception as error:  # PIL's decoders raise nearly every type there is.
         raise _undecodable(error) from None
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _eight_bits(image):
+    """Return an image with 8 bits a value: PIL would clip wider ones at 255, which leaves one colour."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    bits = _depth(image)
+    if image.mode == "F" and values.size and 0 <= values.min() and values.max() <= 1:
+        values = np.round(255 * values)
+    elif bits > 8 and bits <= 16:
+        values = np.asarray(values, np.uint16) >> (bits - 8)  # As PIL does with 16 bits of three colours.
+    elif not values.size or not (0 <= values.min() and values.max() <= 255):  # So of values that are not finite.
+        low, high = (values.min(), values.max()) if values.size else (0, 0)
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise BadImageError(f"{kind} from {low:g} to {high:g}, whose white is not known: save it with 8 or 16 bits")
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _depth(image):
+    """Return the bits of a value of a grey image; 0 where they do not say what is white."""
+    if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # Of TIFF: PIL reads 12 bits into 16.
+        return tags.get(258, (16,))[0]
+    return 16 if image.mode == "I" and image.format in ("PNG", "PPM") else 0
 
 
 def _decode_pil(data: bytes, channels: int, formats: Sequence[str] | None) -> np.ndarray:

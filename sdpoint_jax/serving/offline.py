@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from sdpoint_jax.data.decode import BadImageError
+from sdpoint_jax.data.listing import list_files
 from sdpoint_jax.data.sources.folder import EXTENSIONS
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.paths import check_local
@@ -99,8 +100,10 @@ def list_images(sources: Sequence[str], exclude: Collection[pathlib.Path] = ()) 
     excluded = {find(path) for path in exclude for find in (os.path.realpath, os.path.abspath)}
     for source in (pathlib.Path(source).expanduser() for source in sources):
         if source.is_dir():
-            for file in sorted(_files_below(source, excluded), key=str):
-                (images if _is_image(file) else passed_over).append(_image(file))
+            for name in sorted(list_files(str(source), excluded)):
+                file = source / name
+                if os.path.abspath(file) not in excluded:
+                    (images if _is_image(file) else passed_over).append(_image(file))
         elif not os.path.lexists(source):
             raise FileNotFoundError(
                 f"{_show(source)}: no such file or folder; give images, folders of images, or a list "
@@ -114,22 +117,6 @@ def list_images(sources: Sequence[str], exclude: Collection[pathlib.Path] = ()) 
         hint = f", but {len(passed_over)} other files, as {passed_over[0].name}" if passed_over else ""
         raise ValueError(f"{', '.join(map(_show, sources))}: holds no images ({' '.join(EXTENSIONS)}){hint}")
     return images, [image.name for image in passed_over]
-
-
-def _files_below(folder: pathlib.Path, seen: set[str]) -> Iterator[pathlib.Path]:
-    """Yield the files of a folder at any depth, links followed, but for hidden ones and those `seen`.
-
-    A folder that is reached in several ways, as by a link to itself, is listed once.
-    """
-    seen.add(os.path.realpath(folder))
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if not entry.is_dir():
-            if os.path.abspath(entry.path) not in seen:
-                yield folder / entry.name
-        elif os.path.realpath(entry.path) not in seen:
-            yield from _files_below(folder / entry.name, seen)
 
 
 def _image(file):

@@ -19,12 +19,6 @@ def encoded(mode, format, **options):
     return file.getvalue()
 
 
-def sixteen_bit_png():
-    file = io.BytesIO()
-    Image.fromarray(RGB[..., 0].astype(np.uint16) * 257).save(file, "PNG")
-    return file.getvalue()
-
-
 def png_with_gamma():
     chunks = PngInfo()
     chunks.add(b"gAMA", (100_000).to_bytes(4, "big"))
@@ -53,7 +47,6 @@ FILES = {
     "palette png": encoded("P", "PNG"),
     "palette png with transparency": encoded("P", "PNG", transparency=bytes(range(200))),
     "rgb png with transparency": encoded("RGB", "PNG", transparency=(1, 2, 3)),
-    "16-bit png": sixteen_bit_png(),
     "webp": encoded("RGB", "WEBP"),
     "alpha webp": encoded("RGBA", "WEBP"),
     "gif": encoded("P", "GIF"),
@@ -98,3 +91,52 @@ def test_opencv_leaves_the_threads_to_the_pipeline():
     if cv2 is None:
         pytest.skip("OpenCV is not installed")
     assert cv2.getNumThreads() == 1
+
+
+def encode_grey(values, **kwargs):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, **kwargs)
+    return file.getvalue()
+
+
+RAMP = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_images_of_sixteen_bits_keep_their_shades(form, channels):
+    image = decode.decode(encode_grey(RAMP, format=form), channels)
+    np.testing.assert_array_equal(image[..., 0], RAMP >> 8)
+    assert image.shape == (32, 32, channels)
+
+
+def test_twelve_bits_in_a_tiff_are_twelve():
+    data = encode_grey(RAMP >> 4, format="TIFF", tiffinfo={258: 16})
+    image = Image.open(io.BytesIO(data))
+    image.tag_v2[258] = (12,)
+    np.testing.assert_array_equal(decode.from_pil(image, 1)[..., 0], RAMP >> 8)
+
+
+def test_floating_point_images_from_0_to_1_keep_their_shades():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    np.testing.assert_array_equal(decode.decode(encode_grey(values, format="TIFF"), 1)[..., 0], np.round(255 * values))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_wide_values_up_to_255_are_what_they_are(kind):
+    values = np.arange(0, 256, 4).reshape(8, 8)
+    np.testing.assert_array_equal(decode.decode(encode_grey(values.astype(kind), format="TIFF"), 1)[..., 0], values)
+
+
+@pytest.mark.parametrize("value", [300, -1, 70000])
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_whose_white_is_not_known_are_refused(kind, value):
+    values = np.full((4, 4), value, kind)
+    values[0] = 0
+    with pytest.raises(decode.BadImageError, match=f"{value}.*, whose white is not known"):
+        decode.decode(encode_grey(values, format="TIFF"), 3)
+
+
+def test_values_that_are_no_numbers_are_refused():
+    with pytest.raises(decode.BadImageError, match="nan"):
+        decode.decode(encode_grey(np.full((4, 4), np.nan, np.float32), format="TIFF"), 3)

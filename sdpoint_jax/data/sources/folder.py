@@ -1,8 +1,9 @@
 """Image folders in ImageNet's layout: train/CLASS/IMAGE, and val|test/CLASS/IMAGE.
 
 As in torchvision's `ImageFolder`, classes are the sorted names of the folders in `train`, images are found by their
-extensions at any depth, and other files are passed over; here with a warning. Unlike there, the order of the images is
-shuffled (by a hash of their names, so always the same), so that a slice such as `train[:90%]` holds every class.
+extensions at any depth, and other files are passed over; here with a warning, and hidden and service files without one
+(see `listing`). Unlike there, the order of the images is shuffled (by a hash of their names, so always the same), so
+that a slice such as `train[:90%]` holds every class.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from absl import logging
 from sdpoint_jax.data.builder import ImageSet, Split
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.data.examples import CACHE_BYTES, DecodedSplit, EncodedSet
+from sdpoint_jax.data.listing import is_service, list_files
 from sdpoint_jax.data.sources.tfds import TfdsRecords
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -220,35 +222,33 @@ def _image_size(path):
 
 
 def _first_folder(root, names):
-    places = [os.path.join(root, name) for name in names]
-    return next(filter(os.path.isdir, places), None)
+    places = [place for name in names if os.path.isdir(place := os.path.join(root, name))]
+    if len(places) > 1:
+        logging.warning("%s is used, and %s not: both are validation images", places[0], _some(places[1:]))
+    return places[0] if places else None
 
 
 def _subfolders(folder):
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_service(entry.name))
 
 
 def _records(folder, class_names):
-    unknown = sorted(set(_subfolders(folder)) - set(class_names))
-    if unknown:
-        place = os.path.join(folder, unknown[0])
-        raise ValueError(f"{place}: no such class in train, which has {_some(class_names)}")
-    files = sorted(_files_below(folder), key=_scrambled)
+    labels = {name: label for label, name in enumerate(class_names)}
+    files = [entry.name for entry in os.scandir(folder) if entry.is_file() and not is_service(entry.name)]
+    for name in _subfolders(folder):  # Each by itself: links may lead from one class to the images of another.
+        found = [os.path.join(name, file) for file in list_files(os.path.join(folder, name))]
+        if found and name not in labels:
+            place = os.path.join(folder, name)
+            raise ValueError(f"{place}: no such class in train, which has {_some(class_names)}")
+        files += found
+    files.sort(key=_scrambled)
     images = [file for file in files if os.sep in file and file.lower().endswith(EXTENSIONS)]
     if not images:
         raise ValueError(f"{folder}: no images in it; valid: CLASS/IMAGE ({' '.join(EXTENSIONS)})")
     passed_over = sorted(set(files) - set(images))
     if passed_over:
         logging.warning("%s: passed over, being no images: %s", folder, _some(passed_over))
-    labels = {name: label for label, name in enumerate(class_names)}
     return FolderRecords(folder, images, [labels[file.split(os.sep, 1)[0]] for file in images], passed_over)
-
-
-def _files_below(folder):
-    """Yields the relative paths of all files at any depth."""
-    for place, _, names in os.walk(folder, followlinks=True):
-        inner = os.path.relpath(place, folder)
-        yield from (name if inner == os.curdir else os.path.join(inner, name) for name in names)
 
 
 def _scrambled(file):
