@@ -22,13 +22,13 @@ SIZES = (1, 4, 16)
 PICTURE = Image.fromarray(np.random.RandomState(0).randint(0, 256, (20, 24), np.uint8))
 
 
-def with_latencies(found):
+def with_latencies(found, device="cpu"):
     """The artefact with made-up latencies: a fixed part, and one that follows the MACs and the batch."""
     full, rows = max(row.macs for row in found.rows), []
     for row in found.rows:
         for size in SIZES:
             ms = 1.0 + 2.0 * size * row.macs / full
-            row = row.with_latency(Latency("cpu", "xla", "float32", size, ms, 1.2 * ms, 10, None, 0.1, {}))
+            row = row.with_latency(Latency(device, "xla", "float32", size, ms, 1.2 * ms, 10, None, 0.1, {}))
         rows.append(dataclasses.replace(row, top1=0.5 + 0.4 * row.macs / full))
     return found.with_rows(rows)
 

@@ -25,9 +25,9 @@ def net(**kwargs):
     return create_model("wrn10_1", 10, **kwargs)
 
 
-def variables(model):
+def variables(model, image_shape=IMAGE_SHAPE):
     """Parameters and statistics, on the host."""
-    return jax.device_get(jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *IMAGE_SHAPE)), train=False))())
+    return jax.device_get(jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))())
 
 
 def batch(size, seed=0):
