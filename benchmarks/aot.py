@@ -54,7 +54,8 @@ from sdpoint_jax.models.pool import adaptive_avg_pool, adaptive_max_pool
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.models.target import Target, programs_for
 from sdpoint_jax.profiling import roofline
-from sdpoint_jax.profiling.macs import count_cost, list_operations
+from sdpoint_jax.profiling.macs import count_cost
+from sdpoint_jax.profiling.parts import list_operations
 from sdpoint_jax.programs.devices import Switch, device_count, on_device, shape_of_shards, shapes_of
 from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.programs.inference import InferencePrograms

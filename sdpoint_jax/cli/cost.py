@@ -1,5 +1,8 @@
 """Counts what the SDPoint instances of a net cost: python -m sdpoint_jax cost --model=preresnet101 --image-size=224
 
+Costs are read off the net's own trace, and the net is checked on the way: an instance that fails is one line that names
+the part and the shape. Instances that are equal at this image size are listed once.
+
 With `--device=tpu-v5e`, or the peak rates of any other, the table has the bytes that memory moves and an estimate of
 the time that they and the MACs take there: on accelerators, time follows bytes rather than MACs.
 """
@@ -13,7 +16,8 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the command."""
-    parser.add_argument("--model", required=True, help="name of the net, as in preresnet101")
+    parser.add_argument("--model", required=True, help="name of the net, as in preresnet101, or mynets:VGG")
+    parser.add_argument("--model-args", default="", metavar="ARGS", help="attributes, as in 'widths=(8, 16), depth=2'")
     parser.add_argument("--image-size", required=True, type=_image_size, help="side, or HEIGHTxWIDTH, in pixels")
     parser.add_argument("--ratios", type=_ratios, help="downsampling ratios; 0.5,0.75 by default")
     parser.add_argument("--num-classes", type=int, default=1000, help="1000 by default")
@@ -25,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peak-tflops", type=float, help="10^12 operations a second, instead of the device's")
     parser.add_argument("--bandwidth-gbps", type=float, help="10^9 bytes a second, instead of the device's")
     parser.add_argument("--batch-size", type=int, help="images on one device, 128 by default; adds bytes")
-    parser.add_argument("--dtype", help="of the computation, float32 or bfloat16, the default; adds bytes")
+    parser.add_argument(
+        "--dtype", help="of the computation: bfloat16, the default of nets with a dtype, or float32; adds bytes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,13 +39,17 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax.instance import DEFAULT_RATIOS, SDPointInstance
     from sdpoint_jax.models.registry import create_model  # Late: JAX takes seconds.
     from sdpoint_jax.profiling import macs, roofline
+    from sdpoint_jax.profiling.check import check_model
 
     flags = (args.device, args.peak_tflops, args.bandwidth_gbps, args.batch_size, args.dtype)
     wants_bytes = any(flag is not None for flag in flags)
     if wants_bytes and args.layers:
         raise ValueError("--layers lists MACs, parameters and activations: without the flags of a device")
-    model = create_model(args.model, args.num_classes, dtype=args.dtype or "bfloat16")
+    model = create_model(args.model, args.num_classes, dtype=args.dtype or "float32", args=args.model_args)
+    if wants_bytes and args.dtype is None and hasattr(model, "dtype"):
+        model = create_model(args.model, args.num_classes, dtype="bfloat16", args=args.model_args)
     instances = model.instances(args.ratios or DEFAULT_RATIOS)
+    checked = check_model(model, args.image_size, args.channels, args.ratios or DEFAULT_RATIOS)
     if args.layers:
         layers = macs.list_layers(model, SDPointInstance.from_name(args.layers), args.image_size, args.channels)
         report = macs.format_layers(layers)
@@ -49,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         report = roofline.format_estimates(model, instances, args.image_size, batch_size, device, args.channels)
     else:
         report = macs.format_instances(model, instances, args.image_size, args.channels)
+        report += f"\n{checked}"
     try:
         print(report, flush=True)
     except BrokenPipeError:  # A reader that has seen enough, as `head`, is no error.

@@ -17,6 +17,7 @@ from jax import lax
 
 from sdpoint_jax.models import target
 
+SCOPE = "sdpoint_pool"  # Start of the scopes of adaptive pools, by which a trace tells them from other products.
 _MAX_CELLS = 256  # Height times width up to which a TPU averages irregular windows by one matrix product.
 _MAX_SLICES = 8  # Windows per period up to which slices are used; an irregular size has as many as cells.
 
@@ -26,6 +27,7 @@ def downsampled_size(size: int, ratio: float) -> int:
     return max(1, round(size * ratio))
 
 
+@jax.named_scope(f"{SCOPE}.average")
 def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
     if target.platform() == "tpu" and pools_at_once(x.shape[1:3], size, averages=True):
@@ -40,6 +42,7 @@ def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return x
 
 
+@jax.named_scope(f"{SCOPE}.max")
 def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Takes the maximum of `x` [B, H, W, C] over adaptive windows, to [B, *size, C].
 

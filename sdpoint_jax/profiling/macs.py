@@ -1,76 +1,37 @@
-"""What an SDPoint instance costs, counted from shapes alone: MACs, parameters, activation memory.
+"""What an SDPoint instance costs: MACs, parameters, activation memory, read off the network's own trace.
 
-MACs are the multiply-accumulates of convolutions and the classifier for one image; normalisation, ReLU, pooling and
-additions count nothing, as in the tables that papers and torchvision publish. No program is traced or compiled: XLA's
-own cost analysis counts pooling matrices as work and may call a downsampled instance dearer than full resolution.
+MACs are the multiply-accumulates of convolutions, dense layers and the products of attention for one image.
+Normalisation, activation functions, pools and additions count nothing, as in the tables that papers, torchvision and
+timm publish. No program is compiled: XLA's own cost analysis counts pooling matrices as work and may call a downsampled
+instance dearer than full resolution.
 
     python -m sdpoint_jax cost --model=preresnet101 --image-size=224
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
-from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
-from sdpoint_jax.models.architecture import Architecture, BlockSpec, ConvolutionSpec
+from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.net import SDPointNet
-from sdpoint_jax.models.pool import downsampled_size
 from sdpoint_jax.models.registry import model_of
+from sdpoint_jax.profiling.operations import Operation, Shape
+from sdpoint_jax.profiling.parts import list_operations, list_parts
 from sdpoint_jax.storage.artefact import Artefact
-
-Shape = tuple[int, int, int]
-
-
-class Operation(NamedTuple):
-    """One operation on the activations of one image; ReLUs belong to the operation before them.
-
-    Attributes:
-        kind: what it does. `max_pool` is the stem's; `average_pool` a point's, or the global one.
-        name: path of its parameters in the variables, as in `block_03/conv1`, or such a path for what has none.
-        input: height, width and channels; of an `add`, those of its block's input.
-        output: likewise; (1, 1, K) for the classifier.
-        kernel: side of a convolution's kernel; 1 for all others.
-        groups: of a convolution; 1 for all others.
-    """
-
-    kind: Literal["convolution", "norm", "add", "max_pool", "average_pool", "dense"]
-    name: str
-    input: Shape
-    output: Shape
-    kernel: int = 1
-    groups: int = 1
-
-    @property
-    def weights(self) -> int:
-        """Counts the weights of a convolution, or those of the classifier without its biases; 0 for all others."""
-        if self.kind not in ("convolution", "dense"):
-            return 0
-        return self.kernel**2 * (self.input[-1] // self.groups) * self.output[-1]
-
-    @property
-    def macs(self) -> int:
-        """Counts the multiply-accumulates."""
-        return self.output[0] * self.output[1] * self.weights
-
-    @property
-    def params(self) -> int:
-        """Counts the trainable parameters."""
-        return self.weights + {"norm": 2, "dense": 1}.get(self.kind, 0) * self.output[-1]
 
 
 class LayerCost(NamedTuple):
-    """One layer that holds parameters, for one image.
+    """One layer that holds parameters, or one product of attention, for one image.
 
     Attributes:
-        name: path of its parameters in the variables, as in `block_03/conv1`.
-        output: height, width and channels; (1, 1, K) for the classifier.
-        macs: multiply-accumulates; 0 for a BatchNorm.
-        params: trainable parameters.
-        activations: elements of the output; 0 for a BatchNorm, which can work in place.
+        name: Path of its parameters in the variables, as in `block_03/conv1`.
+        output: Height, width and channels; (1, 1, K) for the classifier.
+        macs: Number of multiply-accumulates; 0 for a norm.
+        params: Number of trainable parameters.
+        activations: Number of elements of the output; 0 for a norm, which can work in place.
     """
 
     name: str
@@ -85,10 +46,10 @@ class Cost:
     """What one image costs.
 
     Attributes:
-        macs: multiply-accumulates of convolutions and the classifier.
-        params: trainable parameters; the same for every instance of a net.
-        activations: elements of the outputs of all convolutions and of the classifier (Radosavovic et al. 2020,
-            section 3.3), which memory in training and time on an accelerator follow.
+        macs: Number of multiply-accumulates of convolutions, dense layers and products of attention.
+        params: Number of trainable parameters; the same for every instance of a network.
+        activations: Number of elements of the outputs of what `macs` counts (Radosavovic et al. 2020, section 3.3),
+            which memory in training and time on an accelerator follow.
     """
 
     macs: int
@@ -97,37 +58,38 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Counts two operations per multiply-accumulate."""
+        """Number of floating-point operations: two per multiply-accumulate."""
         return 2 * self.macs
 
     def activation_bytes(self, dtype: Any = jnp.float32) -> int:
-        """Bytes of `activations` for one image in the computation's `dtype`: no weights, gradients or copies."""
+        """Return the bytes of `activations` in the computation's `dtype`: no weights, gradients or copies."""
         return self.activations * jnp.dtype(dtype).itemsize
 
 
 def count_macs(
     model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
 ) -> int:
-    """Counts the multiply-accumulates of `model` under `instance` for one image; see `count_cost`."""
-    return count_cost(model, instance, image_size, channels).macs
+    """Return the multiply-accumulates of `model` under `instance` for one image; see `list_layers`."""
+    return count_suffix_macs(model, instance, None, image_size, channels)
 
 
 def count_suffix_macs(
-    model: SDPointNet, instance: SDPointInstance, start: int, image_size: int | tuple[int, int], channels: int = 3
+    model: SDPointNet,
+    instance: SDPointInstance,
+    start: int | None,
+    image_size: int | tuple[int, int],
+    channels: int = 3,
 ) -> int:
-    """Counts the multiply-accumulates of the layers after point `start` alone, for one image; see `count_cost`."""
-    modules = model.suffix_modules(start)
-    layers = list_layers(model, instance, image_size, channels)
-    return sum(layer.macs for layer in layers if layer.name.partition("/")[0] in modules)
+    """Return the multiply-accumulates of the layers after point `start` alone, or of all if it is None."""
+    parts = list_parts(model, instance, image_size, channels)
+    first = 0 if start is None else max(start, 0) + 1
+    return sum(part.macs for part in parts[first:])
 
 
 def count_set_macs(
     model: SDPointNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
 ) -> int:
-    """Counts the multiply-accumulates of several instances that share every layer before a point, for one image.
-
-    Args, Raises: see `list_layers`.
-    """
+    """Return the multiply-accumulates of several instances that share every layer before a point, for one image."""
     last = max(map(model.last_shared_point, instances))
     full = count_macs(model, FULL_RESOLUTION, image_size, channels)
     prefix = full - count_suffix_macs(model, FULL_RESOLUTION, last, image_size, channels)
@@ -140,10 +102,7 @@ def count_set_macs(
 def count_cost(
     model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
 ) -> Cost:
-    """Counts what `model` under `instance` costs for one image.
-
-    Args, Raises: see `list_layers`.
-    """
+    """Return what `model` under `instance` costs for one image; see `list_layers`."""
     return total_cost(list_layers(model, instance, image_size, channels))
 
 
@@ -151,11 +110,11 @@ def full_macs(swept: Artefact) -> int:
     """Return the MACs of one image at full resolution, whether or not the artefact has that instance."""
     known = [row.macs for row in swept.rows if row.instance == FULL_RESOLUTION]
     height, width, channels = swept.image_shape
-    return known[0] if known else count_cost(model_of(swept), FULL_RESOLUTION, (height, width), channels).macs
+    return known[0] if known else count_macs(model_of(swept), FULL_RESOLUTION, (height, width), channels)
 
 
 def total_cost(layers: Sequence[LayerCost]) -> Cost:
-    """Sums up the costs of `layers`."""
+    """Return the sum of the costs of `layers`."""
     _, _, *columns = zip(*layers)
     return Cost(*map(sum, columns))
 
@@ -163,19 +122,20 @@ def total_cost(layers: Sequence[LayerCost]) -> Cost:
 def list_layers(
     model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
 ) -> tuple[LayerCost, ...]:
-    """Lists the layers of `model` that hold parameters, from the input to the output, as `instance` runs them.
+    """Return what costs parameters or MACs, from the input to the output, as `instance` runs it.
 
     Args:
-        model: the net, without variables.
-        instance: one that the net has.
-        image_size: side, or (height, width), in pixels.
-        channels: of the images.
+        model: The network, without variables.
+        instance: One that the network has.
+        image_size: Side, or (height, width), in pixels.
+        channels: Number of channels of the images.
 
     Raises:
-        ValueError: an instance that the net does not have, images too small for the net, or no channels.
+        ValueError: The network does not have the instance or fails to run it, the images are too small for it, or
+            `channels` is below 1.
     """
     operations = list_operations(model, instance, image_size, channels)
-    return tuple(_layer_cost(operation) for operation in operations if operation.params)
+    return tuple(_layer_cost(operation) for operation in operations if operation.params or operation.macs)
 
 
 def _layer_cost(operation: Operation) -> LayerCost:
@@ -183,108 +143,103 @@ def _layer_cost(operation: Operation) -> LayerCost:
     return LayerCost(operation.name, operation.output, operation.macs, operation.params, activations)
 
 
-def list_operations(
-    model: SDPointNet, instance: SDPointInstance, image_size: int | tuple[int, int], channels: int = 3
-) -> tuple[Operation, ...]:
-    """Lists the operations of `model` from the input to the output, as `instance` runs them.
+def distinct_instances(
+    model: SDPointNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
+) -> tuple[tuple[SDPointInstance, ...], dict[SDPointInstance, str]]:
+    """Return the instances that differ at this image size, and why the others do not.
 
-    Args, Raises: see `list_layers`.
+    A point may leave a small map as it is: 2x2 times 0.75 is 2x2. Two ratios may give the same size, or two sizes that
+    the next block rounds to one, at the same cost. Of two such ratios the larger one stays.
+
+    Args:
+        model: The network, without variables.
+        instances: Instances of the network, in any order.
+        image_size: Side, or (height, width), in pixels.
+        channels: Number of channels of the images.
+
+    Returns:
+        (instances that stay, in the order given; the reason by instance that does not stay)
+
+    Raises:
+        ValueError: See `list_layers`.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
-    if channels < 1:
-        raise ValueError(f"channels {channels}: at least 1")
-    model.check_instance(instance)
-    model.check_image_size((height, width))
-    return tuple(_operations(model.architecture, model.num_classes, instance, (height, width, channels)))
+    known: dict[Hashable, SDPointInstance] = {}
+    reasons = {}
+    for instance in sorted(instances, key=lambda one: -one.ratio):
+        identities = _identities(model, instance, image_size, channels)
+        same = next(((known[key], reason) for key, reason in identities.items() if key in known), None)
+        if same:
+            reasons[instance] = same[1].format(same[0].name)
+        else:
+            known |= dict.fromkeys(identities, instance)
+    distinct = tuple(instance for instance in instances if instance not in reasons)
+    return distinct, {instance: reasons[instance] for instance in instances if instance in reasons}
 
 
-def _operations(net: Architecture, num_classes: int, instance: SDPointInstance, images: Shape) -> Iterator[Operation]:
-    stem = _convolution("stem/conv", net.stem_convolution, images)
-    yield stem
-    x = stem.output
-    if net.stem_has_norm:
-        yield Operation("norm", "stem/norm", x, x)
-    if net.imagenet_stem:
-        pool = Operation("max_pool", "stem/pool", x, _stem_pool_output(x, instance))
-        yield pool
-        x = pool.output
-    for k, spec in enumerate(net.blocks(), 1):
-        name = f"block_{k:02d}"
-        yield from _block(name, spec, net.preactivation, x)
-        x = _block_output(spec, x)
-        if k == instance.point:
-            pool = Operation("average_pool", f"{name}/pool", x, _downsample(x, instance.ratio))
-            yield pool
-            x = pool.output
-    if net.preactivation:
-        yield Operation("norm", "head/norm", x, x)
-    pooled = (1, 1, x[-1])
-    yield Operation("average_pool", "head/pool", x, pooled)
-    yield Operation("dense", "head/dense", pooled, (1, 1, num_classes))
+def _identities(model, instance, *images) -> dict[Hashable, str]:
+    """Return what makes another instance equal to this one: any key in common, with its reason in words."""
+    if instance == FULL_RESOLUTION:
+        return {instance: ""}
+    full, parts = list_parts(model, FULL_RESOLUTION, *images), list_parts(model, instance, *images)
+    after = max(instance.point, 0) + 1  # Index of the part after the point.
+    state, output, pool = full[after - 1].output, parts[after].output, f"{parts[after - 1].name}/pool"
+
+    def layers(part):
+        return tuple((one.input, one.output) for one in part.operations if not one.name.startswith(pool))
+
+    pools = [one for one in parts[after].operations if one.name.startswith(pool)]
+    pooled = tuple(one.output for one in pools)
+    if layers(parts[after]) == layers(full[after]):
+        # As where a head reads the class token alone.
+        is_unread = any(one.input != one.output for one in pools)
+        reason = "shrinks what no later layer reads" if is_unread else f"leaves {_text(*state)} as it is"
+        return {FULL_RESOLUTION: f"{reason}, so it is {{}}"}
+    identities: dict[Hashable, str] = {
+        (instance.point, pooled, layers(parts[after])): f"makes {_text(*pooled)} of {_text(*state)}, so it is {{}}"
+    }
+    cost = count_cost(model, instance, *images)
+    if after <= model.num_blocks and cost.macs < count_macs(model, FULL_RESOLUTION, *images):
+        reason = f"costs what {{}} does: {parts[after].name} gives {_text(*output)} in both"
+        identities[instance.point, cost, output] = reason
+    return identities
 
 
-def _block(name: str, spec: BlockSpec, preactivation: bool, x: Shape) -> Iterator[Operation]:
-    y = x
-    for index, convolution in enumerate(spec.convolutions, 1):
-        layer = _convolution(f"{name}/conv{index}", convolution, y)
-        normalised = y if preactivation else layer.output
-        norm = Operation("norm", f"{name}/norm{index}", normalised, normalised)
-        yield from (norm, layer) if preactivation else (layer, norm)
-        y = layer.output
-    if spec.shortcut and spec.shortcut.kind != "padded_identity":
-        shortcut = _convolution(f"{name}/shortcut_conv", spec.shortcut.convolution, x)
-        yield shortcut
-        if spec.shortcut.kind == "projection_norm":
-            yield Operation("norm", f"{name}/shortcut_norm", shortcut.output, shortcut.output)
-    yield Operation("add", f"{name}/add", x, y)
-
-
-def _block_output(spec: BlockSpec, x: Shape) -> Shape:
-    for convolution in spec.convolutions:
-        x = _strided(x, convolution.stride, convolution.features)
-    return x
-
-
-def _stem_pool_output(x: Shape, instance: SDPointInstance) -> Shape:
-    x = _strided(x, 2, x[-1])
-    return _downsample(x, instance.ratio) if instance.point == STEM else x
-
-
-def _downsample(x: Shape, ratio: float) -> Shape:
-    return downsampled_size(x[0], ratio), downsampled_size(x[1], ratio), x[2]
-
-
-def _strided(x: Shape, stride: int, features: int) -> Shape:
-    """Returns the output of an odd kernel padded by half its side."""
-    return -(-x[0] // stride), -(-x[1] // stride), features
-
-
-def _convolution(name: str, spec: ConvolutionSpec, x: Shape) -> Operation:
-    return Operation("convolution", name, x, _strided(x, spec.stride, spec.features), spec.kernel, spec.groups)
+def _text(*shapes: Sequence[int]) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in shapes)
 
 
 def format_instances(
     model: SDPointNet, instances: Sequence[SDPointInstance], image_size: int | tuple[int, int], channels: int = 3
 ) -> str:
-    """Formats the costs of `instances` as a table; `relative` is to the MACs at full resolution."""
+    """Return the costs of `instances` as a table, each distinct one once; `relative` is to full resolution's MACs."""
     full = count_macs(model, FULL_RESOLUTION, image_size, channels)
+    distinct, dropped = distinct_instances(model, instances, image_size, channels)
     lines = [f"{'instance':<12}{'GMACs':>10}{'GFLOPs':>10}{'relative':>10}{'activations, float32':>22}"]
-    for instance in instances:
+    for instance in distinct:
         cost = count_cost(model, instance, image_size, channels)
+        # Behind the last block often only the head is left, which costs the same at any resolution.
+        mark = "  no MACs left to save" if instance != FULL_RESOLUTION and cost.macs == full else ""
         lines.append(
             f"{instance.name:<12}{cost.macs / 1e9:>10.4f}{cost.flops / 1e9:>10.4f}{cost.macs / full:>10.1%}"
-            f"{cost.activation_bytes() / 2**20:>18.2f} MiB"
+            f"{cost.activation_bytes() / 2**20:>18.2f} MiB{mark}"
         )
+    lines += format_dropped(dropped)
     lines.append(f"{cost.params:,} parameters, shared by all instances")
     return "\n".join(lines)
 
 
+def format_dropped(dropped: Mapping[SDPointInstance, str]) -> list[str]:
+    """Return a line for each instance that `distinct_instances` drops."""
+    return [f"{instance.name:<12}is not listed: it {reason}" for instance, reason in dropped.items()]
+
+
 def format_layers(layers: Sequence[LayerCost]) -> str:
-    """Formats `layers` as a table, with their sums in the last line."""
-    lines = [f"{'layer':<24}{'output':>16}{'MACs':>16}{'parameters':>14}{'activations':>14}"]
+    """Return `layers` as a table, with their sums in the last line."""
+    width = max(24, *(len(layer.name) for layer in layers))
+    lines = [f"{'layer':<{width}}{'output':>16}{'MACs':>16}{'parameters':>14}{'activations':>14}"]
     for layer in layers:
         output = "x".join(map(str, layer.output))
-        lines.append(f"{layer.name:<24}{output:>16}{layer.macs:>16,}{layer.params:>14,}{layer.activations:>14,}")
+        lines.append(f"{layer.name:<{width}}{output:>16}{layer.macs:>16,}{layer.params:>14,}{layer.activations:>14,}")
     total = total_cost(layers)
-    lines.append(f"{'sum':<40}{total.macs:>16,}{total.params:>14,}{total.activations:>14,}")
+    lines.append(f"{'sum':<{width + 16}}{total.macs:>16,}{total.params:>14,}{total.activations:>14,}")
     return "\n".join(lines)

@@ -1,21 +1,29 @@
-"""What an SDPoint instance moves through an accelerator's memory, and how long it takes at peak rates, from shapes.
+"""What an SDPoint instance moves through an accelerator's memory, and how long it takes at peak rates.
 
-Fewer MACs save no time where memory is the limit: on accelerators, most layers of a residual net in training are. A
-*pass* is one trip of the activations through an operation: forward, or, in training, one of those of its backward
-pass. It takes as long as its arithmetic at the device's peak rate, or as its bytes at its bandwidth, whichever is
-longer (the roofline model, Williams, Waterman & Patterson 2009); passes follow one another.
+Both come from the operations of the network's own trace. On accelerators most training layers of a residual network are
+memory-bound, so fewer MACs need not save time. A *pass* is one trip of the activations through an operation: forward,
+or, in training, one of those of its backward pass. It takes as long as its arithmetic at the device's peak rate, or as
+its bytes at its bandwidth, whichever is longer (the roofline model, Williams, Waterman & Patterson 2009); passes follow
+one another.
 
 What is counted, in elements of the computation's dtype, for an operation from `input` to `output`:
 
     operation        inference         training, forward     training, backward
     convolution      input + output    input + output        input gradient: output + input (not for the images)
                                                              kernel gradient: output + input
+    dense            input + output    input + output        as a convolution
+    product          inputs + output   inputs + output       a gradient of each input: inputs + output
     norm             0                 2 outputs             sums: 2 outputs; input gradient: 3 outputs
+    own norm         2 outputs         2 outputs             the same; without parameters no sums
+    affine           0                 0                     sums: 2 outputs
     add              output            output                3 outputs
+    multiply         2 outputs         2 outputs             4 outputs
+    concatenate      2 outputs         2 outputs             2 outputs
     pool             input + output    input + output        output + input (a max-pool's: twice)
-    classifier       input + output    input + output        as a convolution
 
-which assumes that a compiler fuses as XLA does:
+where a *norm* is BatchNorm, an *own norm* takes its input's statistics, as LayerNorm and softmax do, an *affine* layer
+scales or shifts (layer scale, positions), a *product* is one of attention's, whose scores are written and read, and
+*multiply* is a gate, as of squeeze-excitation. This assumes that a compiler fuses as XLA does:
 
     - A convolution's result is added up for the statistics of its norm as it is written.
     - In inference, norm, ReLU and addition work on the convolution's result before it is written: an addition reads
@@ -46,7 +54,9 @@ import jax.numpy as jnp
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.pool import pools_at_once
-from sdpoint_jax.profiling.macs import Operation, count_macs, list_operations
+from sdpoint_jax.profiling.macs import count_macs, distinct_instances, format_dropped
+from sdpoint_jax.profiling.operations import Operation
+from sdpoint_jax.profiling.parts import compute_dtype, list_operations
 
 _WEIGHT_BYTES = 4
 
@@ -162,11 +172,11 @@ def list_passes(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: at least 1")
     operations = list_operations(model, instance, image_size, channels)
-    itemsize = jnp.dtype(model.dtype).itemsize
+    itemsize = compute_dtype(model, image_size, channels).itemsize
     passes = [
         _pass(operation, does, elements * itemsize, batch_size)
-        for index, operation in enumerate(operations)
-        for does, elements in _elements(operation, training, is_first=index == 0)
+        for operation in operations
+        for does, elements in _elements(operation, training)
     ]
     if training:
         params = sum(operation.params for operation in operations)
@@ -181,35 +191,56 @@ def _pass(operation, does, image_bytes, batch_size):
     )
 
 
-def _elements(operation: Operation, training: bool, is_first: bool) -> Iterator[tuple[str, int]]:
-    """Lists what an operation does to one image, and how many elements each pass reads and writes."""
-    i, o = math.prod(operation.input), math.prod(operation.output)
+def _elements(operation: Operation, training: bool) -> Iterator[tuple[str, int]]:
+    """Return what an operation does to one image, and how many elements each pass reads and writes."""
+    reads, o = operation.reads, math.prod(operation.output)
     match operation.kind:
         case "convolution" | "dense":
-            yield "forward", i + o
-            if training and not is_first:
-                yield "input_gradient", i + o
+            yield "forward", reads + o
+            if training and not operation.of_images:
+                yield "input_gradient", reads + o
             if training:
-                yield "kernel_gradient", i + o
+                yield "kernel_gradient", reads + o
+        case "product":
+            yield "forward", reads + o
+            if training:
+                yield from (("left_gradient", reads + o), ("right_gradient", reads + o))
         case "norm" if training:
             yield from (("forward", 2 * o), ("sums", 2 * o), ("input_gradient", 3 * o))
+        case "own_norm":
+            yield "forward", 2 * o
+            if training and operation.params:
+                yield "sums", 2 * o
+            if training:
+                yield "input_gradient", 3 * o
+        case "affine" if training:
+            yield "sums", 2 * o
         case "add":
             yield "forward", o
             if training:
                 yield "input_gradient", 3 * o
+        case "multiply":
+            yield "forward", 2 * o
+            if training:
+                yield "input_gradient", 4 * o
+        case "concatenate":
+            yield "forward", 2 * o
+            if training:
+                yield "input_gradient", 2 * o
         case "max_pool" | "average_pool":
             yield "forward", _pooled(operation, forward=True)
             if training:
-                again = i if operation.kind == "max_pool" else 0
+                again = reads if operation.kind == "max_pool" else 0
                 yield "input_gradient", _pooled(operation, forward=False) + again
 
 
 def _pooled(operation, forward):
     """Counts the elements that a pool reads and writes; backward, those of the gradients."""
-    (height, width, channels), (rows, columns, _) = operation.input, operation.output
     averages = operation.kind == "average_pool"
-    is_usual = not averages and (rows, columns) == (-(-height // 2), -(-width // 2))  # The stem's own, of stride 2.
-    if is_usual or pools_at_once((height, width), (rows, columns), averages=averages):
+    if not operation.at_point:
+        return operation.reads + math.prod(operation.output)
+    (height, width, channels), (rows, columns, _) = operation.input, operation.output
+    if pools_at_once((height, width), (rows, columns), averages=averages):
         return channels * (height * width + rows * columns)
     by_height = width * channels * _pooled_axis(height, rows, averages, forward)
     return by_height + rows * channels * _pooled_axis(width, columns, averages, forward)
@@ -224,24 +255,22 @@ def _pooled_axis(size, out, averages, forward):
 
 
 def _padding(operation, side):
-    """Returns how many times the multiply-accumulates grow where the kernel, a matrix, is padded to whole blocks.
+    """Return how many times the multiply-accumulates grow where the kernel, a matrix, is padded to whole blocks.
 
     The matrix has a row for each weight of an output channel. A convolution in groups is, if that is less, computed as
     one without: a matrix whose weights between groups are zeros.
     """
-    if not operation.weights:
-        return 1.0
-    window, groups, (*_, inputs), (*_, outputs) = (
-        operation.kernel**2,
-        operation.groups,
-        operation.input,
-        operation.output,
-    )
+    groups, rows, columns = operation.matrix
+    if columns == 1 and groups > 1:
+        return 1.0  # A depthwise convolution is left to the vector units; memory limits it.
 
-    def padded(groups):
-        return groups * _round_up(window * (inputs // groups), side) * _round_up(outputs // groups, side)
+    def padded(groups, rows, columns):
+        return groups * _round_up(rows, side) * _round_up(columns, side)
 
-    return min(padded(groups), padded(1)) / operation.weights
+    least = padded(groups, rows, columns)
+    if operation.kind == "convolution":
+        least = min(least, padded(1, groups * rows, groups * columns))
+    return least / (groups * rows * columns)
 
 
 def _round_up(size, multiple):
@@ -288,7 +317,8 @@ def estimate_seconds(
         ValueError: see `list_passes`.
     """
     passes = list_passes(model, instance, image_size, batch_size, training=training, channels=channels)
-    return sum(one.seconds(device, model.dtype) for one in passes)
+    dtype = compute_dtype(model, image_size, channels)
+    return sum(one.seconds(device, dtype) for one in passes)
 
 
 def format_estimates(
@@ -309,13 +339,15 @@ def format_estimates(
         ValueError: see `list_passes`.
     """
 
+    dtype = compute_dtype(model, image_size, channels)
+
     def costs(instance):
         yield count_macs(model, instance, image_size, channels)
         for training in (False, True):
             passes = list_passes(model, instance, image_size, batch_size, training=training, channels=channels)
             yield sum(one.bytes for one in passes)
             if device:
-                yield sum(one.seconds(device, model.dtype) for one in passes)
+                yield sum(one.seconds(device, dtype) for one in passes)
 
     columns = ["GMACs"]
     scales = [1e9]
@@ -323,13 +355,16 @@ def format_estimates(
         columns += [f"{does}, MB"] + ([f"{does}, ms"] if device else [])
         scales += [1e6 * batch_size] + ([1e-3] if device else [])
     full = tuple(costs(FULL_RESOLUTION))
+    instances, dropped = distinct_instances(model, instances, image_size, channels)
     lines = [f"{'instance':<12}" + "".join(f"{column:>16}{'%':>8}" for column in columns)]
     for instance in instances:
         cells = zip(costs(instance), full, scales)
         row = "".join(f"{value / scale:>16.4g}{value / whole:>8.1%}" for value, whole, scale in cells)
         lines.append(f"{instance.name:<12}{row}")
-    dtype = jnp.dtype(model.dtype).name
-    lines.append(f"GMACs and MB (10^6 bytes that memory moves) for one image, in {dtype} and batches of {batch_size}")
+    lines += format_dropped(dropped)
+    lines.append(
+        f"GMACs and MB (10^6 bytes that memory moves) for one image, in {dtype.name} and batches of {batch_size}"
+    )
     if device:
         rates = f"{device.peak_flops(dtype) / 1e12:g} TFLOP/s, {device.bandwidth_gbps:g} GB/s"
         lines.append(

@@ -5,7 +5,7 @@ import pytest
 
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.target import current
-from sdpoint_jax.profiling.macs import list_operations
+from sdpoint_jax.profiling.parts import list_operations
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
