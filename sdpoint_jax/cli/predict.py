@@ -121,6 +121,8 @@ def _write_classes(args, run_parts):
 
     output = pathlib.Path(args.output).expanduser()
     is_file = output.suffix.lower() in offline.ENDINGS and not output.is_dir()
+    if output.suffix[1:].isalpha() and not is_file and not output.exists():  # As .json, .tsv, .xlsx.
+        raise ValueError(f"--output={output}: valid endings are {', '.join(offline.ENDINGS)}; a folder has none")
     parts = output.with_name(f"{output.name}.parts") if is_file else output
     if is_file and output.exists():
         raise ValueError(f"--output={output}: is there already; move it, or give another name")
@@ -139,6 +141,8 @@ def _write_classes(args, run_parts):
         raise _with_hint(error) from None
     if is_file:
         offline.join_parts(plan, parts, output)
+    else:
+        offline.remove_leftovers(output)
     print(f"{_summarize(plan, row, before, unreadable)}: {output if is_file else output / 'part-*.parquet'}")
 
 

@@ -6,6 +6,7 @@ that was stopped resumes with the parts that are missing or damaged.
 """
 
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -13,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -452,7 +454,17 @@ def join_parts(plan: Plan, parts: pathlib.Path, output: pathlib.Path) -> None:
     files.write_atomically(output, content)
     for path in paths:
         path.unlink()
-    parts.rmdir()
+    remove_leftovers(parts)
+    with contextlib.suppress(OSError):  # Somebody has put files there.
+        parts.rmdir()
+
+
+def remove_leftovers(output: pathlib.Path) -> None:
+    """Remove the temporary files of parts that a killed command has left; call it when all parts are written."""
+    pattern = re.compile(files.temporary_pattern(r"part-[0-9]+\.parquet"))
+    for path in output.iterdir():
+        if pattern.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _to_text(rows, ending) -> str:

@@ -141,6 +141,7 @@ def test_a_single_file_of_results_is_written_by_its_ending(swept, images, tmp_pa
         (tmp_path / "folder").mkdir()
         for path in (tmp_path / f"{output.name}.parts").iterdir():
             (tmp_path / "folder" / path.name).write_bytes(path.read_bytes())
+        offline.files.temporary_name(path).touch()  # Of a command that was killed.
         commands.run(*predict(swept, images, output, "--instance=full", "--top=2"))
         assert f"classified 23 images on full (23 of them before): {output}" in capsys.readouterr().out
         assert sorted(path.name for path in tmp_path.glob("*.parts")) == []
@@ -335,6 +336,10 @@ def test_a_name_that_is_not_utf_8_is_escaped(swept_artefact, photos, tmp_path):
         (["--input=nowhere"], "nowhere: no such file or folder"),
         (["--top=0"], "top 0: valid are 1 to 10, the number of classes"),
         (["--top=11"], "top 11: valid are 1 to 10"),
+        (
+            ["--output=results.json"],
+            "--output=results.json: valid endings are .parquet, .csv, .jsonl; a folder has none",
+        ),
         (["--part-size=0"], "part_size 0: at least 1"),
         (["--batch-size=0"], "--batch-size=0: at least 1"),
         (["--on-bad-image=hide"], "--on-bad-image=hide: valid are error, skip"),
