@@ -8,7 +8,7 @@ which, below `sdpoint`.
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,17 +16,15 @@ import safetensors.numpy
 from flax import traverse_util
 
 from sdpoint_jax.instance import STEM, SDPointInstance
-from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import model_of
-from sdpoint_jax.models.resnet import ARCHITECTURES, NORM_EPSILON, architecture
+from sdpoint_jax.models.resnet import ARCHITECTURES, architecture
 from sdpoint_jax.models.torch_import import torch_tensors
+from sdpoint_jax.programs.inference_trace import norms_after_convolutions, trace_inference
 from sdpoint_jax.programs.layout import channels_first
 from sdpoint_jax.storage.artefact import Artefact
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # As timm and the hub call them.
-_NORM_LEAVES = (("params", "scale"), ("params", "bias"), ("batch_stats", "mean"), ("batch_stats", "var"))
-Path = tuple[str, ...]  # Of a module or a variable, in our variables.
 
 
 def write(
@@ -70,34 +68,14 @@ def state_dict(swept: Artefact, instance: SDPointInstance, *, fold: bool = False
     variables = {"params": params_for(swept.params, instance), "batch_stats": swept.batch_stats[instance]}
     arrays = traverse_util.flatten_dict(variables)
     tensors = {names[path]: channels_first(array) for path, array in arrays.items()}
-    for convolution, norm in _followed_by_norms(model.architecture) if fold else ():
-        weight = names["params", *convolution, "kernel"]
-        scale, shift = _scale_and_shift(arrays, norm)
-        tensors[weight] = tensors[weight] * scale[:, None, None, None]
-        tensors[weight.removesuffix("weight") + "bias"] = shift
-        for kind, leaf in _NORM_LEAVES:
-            del tensors[names[kind, *norm, leaf]]
+    for layer, folded in norms_after_convolutions(trace_inference(swept, instance)).items() if fold else ():
+        weight = names["params", *layer.split("/"), "kernel"]
+        tensors[weight] = tensors[weight] * folded.scale[:, None, None, None]
+        tensors[weight.removesuffix("weight") + "bias"] = folded.shift
+        for path in arrays:
+            if "/".join(path[1:-1]) == folded.norm:
+                del tensors[names[path]]
     return tensors
-
-
-def _scale_and_shift(arrays, norm: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what a BatchNorm multiplies by and then adds; computed in float64."""
-    scale, bias, mean, var = (np.asarray(arrays[kind, *norm, leaf], np.float64) for kind, leaf in _NORM_LEAVES)
-    scale = scale / np.sqrt(var + NORM_EPSILON)
-    return scale.astype(np.float32), (bias - mean * scale).astype(np.float32)
-
-
-def _followed_by_norms(net: Architecture) -> Iterator[tuple[Path, Path]]:
-    """Lists the convolutions whose output a BatchNorm normalises at once, each with that."""
-    if net.stem_has_norm:
-        yield ("stem", "conv"), ("stem", "norm")
-    for k, spec in enumerate(net.blocks(), 1):
-        block = f"block_{k:02d}"
-        last = len(spec.convolutions)
-        for index in range(1, last if net.preactivation else last + 1):
-            yield (block, f"conv{index}"), (block, f"norm{index + 1 if net.preactivation else index}")
-        if spec.shortcut and spec.shortcut.kind == "projection_norm":
-            yield (block, "shortcut_conv"), (block, "shortcut_norm")
 
 
 def _config(swept: Artefact, instance: SDPointInstance, *, folded: bool) -> dict[str, Any]:

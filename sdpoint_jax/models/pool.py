@@ -32,6 +32,8 @@ def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
     if target.platform() == "tpu" and pools_at_once(x.shape[1:3], size, averages=True):
         return _average_at_once(x, size)
+    if target.platform() == "onnx":
+        return _average_for_onnx(x, size)
     for axis, out in ((1, size[0]), (2, size[1])):
         if x.shape[axis] - out == math.gcd(x.shape[axis], out):
             x = _average_neighbours(x, axis, out)
@@ -50,6 +52,8 @@ def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     to one of them. Behind a ReLU, cells are rarely equal but where they are 0, and there its own gradient is 0.
     """
     if target.platform() == "tpu" and pools_at_once(x.shape[1:3], size, averages=False):
+        return _pool_regular(x, size, -jnp.inf, lax.max)
+    if target.platform() == "onnx" and all(side % out == 0 for side, out in zip(x.shape[1:3], size)):
         return _pool_regular(x, size, -jnp.inf, lax.max)
     for axis, out in ((1, size[0]), (2, size[1])):
         if _is_periodic(x.shape[axis], out):
@@ -149,6 +153,33 @@ def _average_by_product(x, size):
     total = jnp.einsum("qk,kbc->qbc", cells, x, precision=precision, preferred_element_type=jnp.float32)
     average = (total * share).astype(x.dtype).reshape(*size, batch, channels)
     return lax.optimization_barrier(average.transpose(2, 0, 1, 3))
+
+
+def _average_for_onnx(x, size):
+    """Average by a pool that ONNX has, of windows at equal distances, which are more than needed where periods end.
+
+    Dropping these takes one slice. In onnxruntime that is faster than a product, and an int8 graph stays one.
+    """
+    windows = {}
+    for axis, out in zip((1, 2), size):
+        found = _regular_windows(x.shape[axis], out)
+        if found and not found.padding and (found.periods == 1 or x.shape[axis] // found.periods % found.stride == 0):
+            windows[axis] = found
+        else:
+            x = _average_by_matrix(x, axis, out)
+    sides = [windows.get(axis, _RegularWindows(1, 1, 1, 0)) for axis in (1, 2)]
+    width, stride = ([1, *(side[i] for side in sides), 1] for i in (1, 2))
+    padding = [(0, side.width - side.stride if side.periods > 1 else 0) for side in sides]
+    x = lax.reduce_window(x, 0.0, lax.add, width, stride, ((0, 0), *padding, (0, 0))) / math.prod(width)
+    if x.shape[1:3] == tuple(size):
+        return x
+    cells, kept = (
+        [count for side, all_cells in zip(sides, shape) for count in (side.periods, all_cells // side.periods)]
+        for shape in (x.shape[1:3], size)
+    )
+    batch, channels = x.shape[0], x.shape[3]
+    x = lax.slice(x.reshape(batch, *cells, channels), (0,) * 6, (batch, *kept, channels))
+    return x.reshape(batch, *size, channels)
 
 
 def _max_of_slices(x):

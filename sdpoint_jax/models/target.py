@@ -17,7 +17,7 @@ class Target:
     """Devices that programs are made for and do not run on, as a rule because they are not here.
 
     Attributes:
-        platform: cpu, gpu (NVIDIA's), tpu, or `ANY`.
+        platform: cpu, gpu (NVIDIA's), tpu, onnx, whose traces become graphs (`programs.onnx_graph`), or `ANY`.
         devices: of that platform, as `jax.experimental.topologies` describes them: programs are compiled for them all.
             With none, programs are exported: traced and lowered for one device of the platform, not compiled.
     """

@@ -4,7 +4,7 @@ JAX nests what a function calls: jitted functions, custom gradients, remateriali
 `flatten` puts the equations of all these in the order in which they run. Loops and branches stay as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
@@ -50,6 +50,7 @@ class Equation(NamedTuple):
         outputs: Results.
         params: Parameters of the primitive.
         scope: Names of the modules and `jax.named_scope`s around it, outermost first.
+        bind: Computes the primitive: `bind(*operands, **params)`.
     """
 
     primitive: str
@@ -57,6 +58,7 @@ class Equation(NamedTuple):
     outputs: tuple[Value, ...]
     params: Mapping[str, Any]
     scope: tuple[str, ...]
+    bind: Callable[..., Any]
 
 
 class Program(NamedTuple):
@@ -112,7 +114,7 @@ def _inline(jaxpr, inputs, scope, platform, equations):
             results = _inline(called, operands, inner_scope, platform, equations)
         else:
             results = tuple(Value(variable.aval) for variable in equation.outvars)
-            equations.append(Equation(name, operands, results, params, inner_scope))
+            equations.append(Equation(name, operands, results, params, inner_scope, equation.primitive.bind))
         known |= zip(equation.outvars, results)
     return tuple(map(read, jaxpr.outvars))
 

@@ -59,7 +59,7 @@ class OnnxSessions:
     def __init__(self, swept: Artefact):
         """Takes the artefact; opens nothing yet."""
         self._swept = swept
-        self._params: dict[str, tuple] = {}  # By name: the array, and the same as onnxruntime has it.
+        self._weights: dict[bytes, tuple] = {}  # By digest: the array, and the same as onnxruntime has it.
         self._programs: dict[SDPointInstance, Callable[[ArrayLike], np.ndarray]] = {}
         self._lock = threading.Lock()
 
@@ -91,22 +91,25 @@ class OnnxSessions:
     def _open(self, instance):
         import onnxruntime
 
-        from sdpoint_jax.programs.onnx_graph import build_model, lay_out, refer_to_file, without_own
+        from sdpoint_jax.programs.onnx_graph import build_graph, digest, refer_to_file
 
-        if not self._params:
-            arrays = lay_out(self._swept)
-            self._params = {name: (a, onnxruntime.OrtValue.ortvalue_from_numpy(a)) for name, a in arrays.items()}
-        model = build_model(self._swept, instance)
-        shared = without_own(self._swept, instance, self._params)
-        # To a file that is none: the values that the session is given take its place.
-        refer_to_file(model, "params", {name: (0, array.nbytes) for name, (array, _) in shared.items()})
+        model, arrays = build_graph(self._swept, instance)
+        weights = {}
+        for name, array in arrays.items():
+            key = digest(array)
+            if key not in self._weights:
+                array = np.ascontiguousarray(array)  # An OrtValue does not keep it.
+                self._weights[key] = array, onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            _, weights[name] = self._weights[key]
+        # In a file that does not exist: the values that the session is given take its place.
+        refer_to_file(model, "weights", {name: (0, array.nbytes) for name, array in arrays.items()})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = count_threads()
         _share_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Else its threads spin on after a call, and take the cores from the next session: switching doubled the time.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_external_initializers(list(shared), [value for _, value in shared.values()])
+        options.add_external_initializers(list(weights), list(weights.values()))
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
         def run(images: ArrayLike) -> np.ndarray:

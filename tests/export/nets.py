@@ -1,15 +1,15 @@
 """Artefacts of small nets with drawn variables: one of every family, with all kinds of blocks and shortcuts."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from export.families import KINDS, Family
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpoint_jax.models import registry
+from sdpoint_jax.models import registry, resnet
 from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
@@ -31,18 +31,21 @@ NETS = {
 def register(monkeypatch):
     """Puts the nets into the table for the time of a test."""
     for name, (net, _) in NETS.items():
-        monkeypatch.setitem(registry.ARCHITECTURES, name, net)
+        monkeypatch.setitem(resnet.ARCHITECTURES, name, net)
 
 
 def artefact_of(name, *, channels=3, **fields):
     """The artefact of a net whose instances were all swept, each with statistics of its own."""
-    model = create_model(name, 5)
-    shape = (*NETS[name][1], channels)
+    if name in KINDS:
+        model, shape = Family(num_classes=5, kind=name), (24, 36, channels)
+        fields = dict(model=registry.name_of(Family), model_args=f"kind={name!r}", given_model=model) | fields
+    else:
+        model, shape = create_model(name, 5), (*NETS[name][1], channels)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
     rng = np.random.default_rng(0)
-    statistics = {instance: _drawn(rng, variables["batch_stats"]) for instance in model.instances()}
+    statistics = {instance: _drawn(rng, variables.get("batch_stats", {})) for instance in model.instances()}
     rows = tuple(tiny.row(instance.name, 100, 0.5) for instance in statistics)
-    swept = Artefact(
+    settings = dict(
         params=_drawn(rng, variables["params"]),
         batch_stats=statistics,
         rows=rows,
@@ -56,7 +59,7 @@ def artefact_of(name, *, channels=3, **fields):
         config={},
         settings=SweepSettings(name, "none", "test", 1, "augmented"),
     )
-    return dataclasses.replace(swept, **fields)
+    return Artefact(**settings | fields)
 
 
 def images_of(swept, count):
@@ -66,7 +69,7 @@ def images_of(swept, count):
 
 def logits_of(swept, images, instance):
     """The logits [B, K] of the net itself."""
-    model = create_model(swept.model, swept.num_classes, dtype=swept.dtype)
+    model = registry.model_of(swept)
     variables = {"params": swept.params, "batch_stats": swept.batch_stats[instance]}
 
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # Quick to compile.

@@ -1,5 +1,6 @@
 """Single instances under torchvision's names: what was exported is imported again, and PyTorch computes the same."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import NORM_EPSILON
 from sdpoint_jax.models.torch_import import import_torch_state_dict, torch_tensors
+from sdpoint_jax.programs.inference_trace import norms_after_convolutions, trace_inference
 
 load_file = pytest.importorskip("safetensors.numpy").load_file
 
@@ -43,14 +45,14 @@ def test_importing_what_was_exported_gives_the_variables(tmp_path, name):
 
 def unfolded(swept, folded):
     """The tensors of a net whose convolutions have biases, as those of one whose BatchNorms add them."""
-    model = create_model(swept.model, swept.num_classes)
-    names = {tensor.path: name.rpartition(".")[0] for name, tensor in torch_tensors(model).items()}
-    tensors = {name: array for name, array in folded.items() if name in torch_tensors(model)}
-    for convolution, norm in exported._followed_by_norms(model.architecture):
-        bias = folded[f"{names['params', *convolution, 'kernel']}.bias"]
+    wanted = torch_tensors(create_model(swept.model, swept.num_classes))
+    names = {"/".join(tensor.path[1:-1]): name.rpartition(".")[0] for name, tensor in wanted.items()}
+    tensors = {name: array for name, array in folded.items() if name in wanted}
+    for convolution, norm in norms_after_convolutions(trace_inference(swept, CHEAP)).items():
+        bias = folded[f"{names[convolution]}.bias"]
         ones, zeros = np.ones_like(bias), np.zeros_like(bias)
         leaves = {"weight": ones, "bias": bias, "running_mean": zeros, "running_var": ones - NORM_EPSILON}
-        tensors |= {f"{names['params', *norm, 'scale']}.{leaf}": np.float32(array) for leaf, array in leaves.items()}
+        tensors |= {f"{names[norm.norm]}.{leaf}": np.float32(array) for leaf, array in leaves.items()}
     return tensors
 
 
@@ -61,7 +63,7 @@ def test_folded_tensors_compute_the_same(name, kept):
     assert len([tensor for tensor in folded if tensor.endswith("running_var")]) == kept
     images = nets.images_of(swept, 2)
     variables = imported(swept, unfolded(swept, folded))
-    again = nets.dataclasses.replace(swept, params=variables["params"], batch_stats={CHEAP: variables["batch_stats"]})
+    again = dataclasses.replace(swept, params=variables["params"], batch_stats={CHEAP: variables["batch_stats"]})
     assert nets.deviation(nets.logits_of(again, images, CHEAP), nets.logits_of(swept, images, CHEAP)) <= 1e-5
 
 
