@@ -14,6 +14,8 @@ import os
 import pathlib
 import pickle
 import platform
+import pwd
+import stat
 import threading
 import warnings
 import zlib
@@ -37,7 +39,8 @@ def fetch(what: Any, compile_it: Callable[[], Callable], devices: Sequence[jax.D
 
     Programs lie beside those that JAX keeps, in `jax_compilation_cache_dir`, however fast they compiled: a service has
     dozens. None is kept without such a folder, if it spans several processes, or if JAX's cache had it: XLA's CPU
-    backend loses parts of what it loads and saves.
+    backend loses parts of what it loads and saves. Loading one may run any code, so only files are loaded that this
+    user owns and nobody else may write.
 
     Args:
         what: all that the program is made from; see `describe`.
@@ -47,7 +50,12 @@ def fetch(what: Any, compile_it: Callable[[], Callable], devices: Sequence[jax.D
     path = _path(what)
     if path is None:
         return compile_it()
-    if program := _load(path, devices):
+    try:
+        content = _read(path)
+    except _UntrustedError as error:
+        _warn_once(path.parent, error.args[1], error.args[0])
+        return compile_it()
+    if content is not None and (program := _load(path, content, devices)):
         return program
     _from_jax.count = 0
     program = compile_it()
@@ -133,23 +141,69 @@ def _processor():
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
 
 
-def _load(path, devices):
+def _read(path):
+    """Return the content of a file; None if there is none.
+
+    Raises:
+        _UntrustedError: somebody else than this user may have written it: loading it may run any code.
+    """
     try:
-        content = path.read_bytes()
+        _check_owner(path.parent, os.stat(path.parent))
+        # The file that is checked is the one that is read, and no link to another one.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            _check_owner(path, os.fstat(file.fileno()))
+            return file.read()
     except OSError:
         return None
+
+
+def _check_owner(path, status):
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.geteuid():
+        raise _UntrustedError(path, f"belongs to {_name_of(status.st_uid)}, not to {_name_of(os.geteuid())}")
+    sticky = stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX  # Nobody may replace the files of others in it.
+    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        raise _UntrustedError(path, f"others may write to it (mode {mode:o}; chmod go-w makes it private)")
+
+
+def _name_of(uid):
     try:
-        found = pickle.loads(zlib.decompress(content))
+        return f"{pwd.getpwuid(uid).pw_name} ({uid})"
+    except KeyError:
+        return f"user {uid}"
+
+
+class _UntrustedError(Exception):
+    """A file, or its folder, that this user does not own alone; holds the path and the reason."""
+
+
+@functools.cache
+def _warn_once(folder, reason, path):
+    del folder
+    warnings.warn(f"{path}: {reason}: its programs are compiled instead of loaded", stacklevel=3)
+
+
+def _load(path, content, devices):
+    try:
+        program, seal = content[: -len(_seal(path, b""))], content[-len(_seal(path, b"")) :]
+        if seal != _seal(path, program):
+            raise ValueError("its checksum does not match")
+        found = pickle.loads(zlib.decompress(program))
         return serialize_executable.deserialize_and_load(*found, execution_devices=devices)
     except Exception as error:  # zlib, pickle and XLA have no error in common.
         warnings.warn(f"{path}: not usable, so the program is compiled anew: {error}", stacklevel=2)
 
 
+def _seal(path, program):
+    """Return a checksum of a program and of its name, so that none is taken for another one."""
+    return hashlib.sha256(path.name.encode() + program).digest()
+
+
 def _keep(path, program):
     try:
         content = zlib.compress(pickle.dumps(serialize_executable.serialize(program)), level=1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files.write_atomically(path, content + _seal(path, content), mode=0o600)
     except Exception as error:  # Likewise; a run needs no cache. The same words for all programs are shown once.
         reason = getattr(error.__cause__ or error, "strerror", None) or error
         warnings.warn(f"{path.parent}: programs cannot be kept for the next start: {reason}", stacklevel=2)

@@ -6,10 +6,15 @@ import pathlib
 import secrets
 
 
-def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+def write_atomically(path: str | os.PathLike, content: str | bytes, *, mode: int = 0o666) -> None:
     """Replace the file at `path`, or create it; text is UTF-8.
 
     Of several processes or threads that write the same file at once, one wins.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        mode: the file's permissions, before the process's umask.
 
     Raises:
         OSError: it could not be written; names `path`, where nothing has changed.
@@ -17,7 +22,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     path = pathlib.Path(path)
     writing = temporary_name(path)
     try:
-        with writing.open("xb") as file:
+        with open(writing, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

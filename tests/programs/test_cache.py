@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,86 @@ def test_a_damaged_program_is_compiled_anew(first, tmp_path):
     assert "compiled anew" in errors and str(tmp_path) in errors
     assert all(path.stat().st_size > len(sound[path]) / 2 for path in sound)
     assert run(tmp_path) == (0, total, "")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A function that fetches a program from a cache in `tmp_path`, and returns whether it was compiled."""
+    path, images = tmp_path / "sdpoint_jax" / "abc", jnp.ones(3)
+    monkeypatch.setattr(program_cache, "_path", lambda _: path)
+    program_cache._warn_once.cache_clear()
+
+    def fetch():
+        compiled = []
+
+        def compile_it():
+            unique = float(time.time_ns() % 10**9)  # So that JAX's cache lacks it.
+            compiled.append(jax.jit(lambda x: x * unique).lower(images).compile())
+            return compiled[0]
+
+        assert program_cache.fetch("what", compile_it, jax.devices()[:1])(images).shape == (3,)
+        return bool(compiled)
+
+    fetch.path = path
+    return fetch
+
+
+def test_kept_programs_belong_to_the_user_alone_whatever_the_umask(cached):
+    before = os.umask(0)
+    try:
+        assert cached() and not cached()
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (cached.path, cached.path.parent)]
+    assert [f"{mode:o}" for mode in modes] == ["600", "700"]
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o602])
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_a_program_that_others_may_write_is_not_loaded(cached, which, mode):
+    cached()
+    path = cached.path if which == "file" else cached.path.parent
+    path.chmod(mode | (0o100 if which == "folder" else 0))
+    before = cached.path.stat()
+    with pytest.warns(
+        UserWarning, match=f"^{path}: others may write to it .mode {path.stat().st_mode & 0o777:o}; "
+    ) as found:
+        assert cached()
+    assert len(found) == 1 and cached()  # Said once.
+    assert cached.path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file away")
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_a_program_of_another_user_is_not_loaded_and_stays(cached, which):
+    cached()
+    path = cached.path if which == "file" else cached.path.parent
+    os.chown(path, 65534, -1)
+    cached.path.parent.chmod(0o1777)  # Anybody may add files, nobody may replace those of others.
+    content = cached.path.read_bytes()
+    with pytest.warns(UserWarning, match=rf"^{path}: belongs to \w+ \(?65534.*, not to root .0."):
+        assert cached()
+    assert cached.path.read_bytes() == content
+
+
+def test_neither_a_link_nor_an_altered_file_is_loaded(cached):
+    cached()
+    other = cached.path.with_name("other")
+    cached.path.rename(other)
+    cached.path.symlink_to(other)
+    assert cached() and not cached.path.is_symlink()
+    cached.path.write_bytes(b"y" + cached.path.read_bytes()[1:])
+    with pytest.warns(UserWarning, match=f"^{cached.path}: not usable.*: its checksum does not match"):
+        assert cached()
+
+
+def test_a_program_under_the_name_of_another_one_is_not_loaded(cached, monkeypatch):
+    cached()
+    other = cached.path.with_name("other")
+    cached.path.rename(other)
+    monkeypatch.setattr(program_cache, "_path", lambda _: other)
+    with pytest.warns(UserWarning, match=f"^{other}: not usable.*: its checksum does not match"):
+        assert cached()
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_cache(first, tmp_path):
