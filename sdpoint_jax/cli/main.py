@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -148,6 +149,8 @@ def _set_up():
     keep_freed_memory()
     keep_compiled_programs()
     _quieten_orbax()
+    # Without the line of code that warned, which says nothing to who gave a command.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
 
 
 def _quieten_orbax():
