@@ -227,7 +227,9 @@ class Connection(HttpToolsProtocol):
             self._set_timer(self._bounds.write_seconds, self.abort)
         elif self.cycle.response_complete:
             self._door.wait_for(self)
-            if self._in_message and not self._in_head:
+            if self._refused:
+                self._send_refusal()
+            elif self._in_message and not self._in_head:
                 self._discarded = 0
                 self._set_timer(self._bounds.linger_seconds, self._close)
             elif not self._in_head:
@@ -270,6 +272,19 @@ class Connection(HttpToolsProtocol):
         self._set_timer(self._bounds.idle_seconds, self._close)
 
     def _refuse(self, status, reason):
+        """Read no more, and refuse once all earlier requests are answered."""
+        self._refusal, self._refused, self._discarded = (status, reason), True, 0
+        owed = self.cycle is not None and not self.cycle.response_complete
+        in_body = self._in_message and not self._in_head
+        if owed and in_body and not self.pipeline and not self.cycle.response_started:
+            self.cycle.disconnected = True  # It would wait for the rest of the body, which cannot be read.
+            self.cycle.message_event.set()
+            owed = False
+        if not owed:
+            self._send_refusal()
+
+    def _send_refusal(self):
+        status, reason = self._refusal
         content = json.dumps({"detail": reason}).encode()
         phrase = http.HTTPStatus(status).phrase
         self.transport.write(
@@ -278,7 +293,6 @@ class Connection(HttpToolsProtocol):
             + content
         )
         # To close while the client still sends would reset the connection, and it could not read the reason.
-        self._refused, self._discarded = True, 0
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._set_timer(self._bounds.linger_seconds, self.abort)

@@ -78,6 +78,7 @@ class _Job:
     client: Hashable
     done: asyncio.Future
     begun: bool = False
+    again: bool = False
 
 
 class Decoders:
@@ -225,7 +226,7 @@ class _Queue:
         self._begin()
 
     def withdraw(self, job):
-        if not job.begun:
+        if job in self.jobs:
             self.jobs.remove(job)
 
     def _add(self):
@@ -245,8 +246,9 @@ class _Queue:
             job.begun = True
             process = self._free.pop()
             if process.has_ended:  # While it had nothing to do: the kernel may have needed its memory.
-                self.processes.remove(process)
-                self._add()
+                self._bury(process)
+                if not self._free:
+                    self._add()
                 process = self._free.pop()
             task = asyncio.get_running_loop().create_task(self._run(process, job))
             self._tasks.add(task)
@@ -256,7 +258,12 @@ class _Queue:
         try:
             status, seconds, content = await process.decode(job.body, job.content_type)
         except OSError:
-            status, seconds, content = self._bury(process)
+            code = self._bury(process)
+            if code == -signal.SIGKILL and not job.again:  # By the kernel, which needed memory: no fault of the image.
+                job.again, job.begun = True, False
+                self.submit(job)
+                return
+            status, seconds, content = self._explain(code)
         else:
             self._free.append(process)
         self._usage.add(job.client, seconds)
@@ -265,17 +272,21 @@ class _Queue:
         self._begin()
 
     def _bury(self, process):
-        """Return what to answer for an image that ended its process."""
+        """Replace a process that has ended; return its exit code."""
         self.processes.remove(process)
         code = process.end(1.0)
         if not self._closed and process.was_ready:  # At once, so that the next image does not wait for it.
             self._add()
-        if code == -signal.SIGPROF:
-            limit = self.lane.cpu_seconds
-            if self.lane.formats != FORMATS:
-                return TOO_LARGE, limit + _RESTART_SECONDS, b""
-            return 413, limit + _RESTART_SECONDS, f"the image takes more than {limit:g} s to decode".encode()
-        return 422, _RESTART_SECONDS, b"the image cannot be decoded (it ended the decoder)"
+        return code
+
+    def _explain(self, code):
+        """Return what to answer for an image that ended its process."""
+        limit = self.lane.cpu_seconds
+        if code != -signal.SIGPROF:
+            return 422, _RESTART_SECONDS, b"the image cannot be decoded (it ended the decoder)"
+        if self.lane.formats != FORMATS:
+            return TOO_LARGE, limit + _RESTART_SECONDS, b""
+        return 413, limit + _RESTART_SECONDS, f"the image takes more than {limit:g} s to decode".encode()
 
 
 class _Process:
