@@ -18,8 +18,8 @@ import sys
 
 from sdpoint_jax.cli.parser import add_model_flag, comma_separated
 
-_BACKLOG = 256  # Connections that are accepted at once; each needs a file until there are too many and one is closed.
-_OTHER_FILES = _BACKLOG + 128
+_BACKLOG = 2048  # Connections that may be accepted at once, before one of them is closed for each that is too many.
+_OTHER_FILES = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def _run_here(args, settings):
         raise ImportError(f"{error}: serving needs the extra, pip install 'sdpoint_jax[serve]'") from None
     from sdpoint_jax.serving.service import make_app
 
-    token, bounds = _token(args), _bounds(connection.Bounds())
+    token, (bounds, backlog) = _token(args), _bounds(connection.Bounds())
     listener = _bind(args.host, args.port)  # First of all: a port in use is known before the artefact is loaded.
     host, port = listener.getsockname()[:2]
     hosts = comma_separated(args.allowed_hosts or "", str, "allowed-hosts")
@@ -100,7 +100,7 @@ def _run_here(args, settings):
         ws="none",
         log_level="error",  # A warning is what a client has done wrong, and would fill the disk.
         access_log=False,
-        backlog=_BACKLOG,
+        backlog=backlog,
         server_header=False,
         # A header that anyone can send; uvicorn reads the addresses of trusted proxies from the same variable.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
@@ -131,19 +131,22 @@ def _token(args) -> str | None:
 
 
 def _bounds(bounds):
-    """Return the bounds that the limit of open files allows, which is raised as far as it may be."""
+    """Return the bounds that the limit of open files allows, which is raised as far as it may be, and the backlog."""
     try:
         import resource
     except ImportError:  # Not on Windows.
-        return bounds
+        return bounds, _BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = bounds.connections + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    if soft == resource.RLIM_INFINITY:
+        return bounds, _BACKLOG
+    wanted = bounds.connections + _BACKLOG + _OTHER_FILES
+    if soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return bounds
-    return dataclasses.replace(bounds, connections=max(16, soft - _OTHER_FILES))
+    if soft >= wanted:
+        return bounds, _BACKLOG
+    backlog = max(16, soft // 4)
+    return dataclasses.replace(bounds, connections=max(16, soft - backlog - _OTHER_FILES)), backlog
 
 
 def _bind(host, port) -> socket.socket:
@@ -160,7 +163,7 @@ def _bind(host, port) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"--port={port} at --host={host}: {error.strerror or error}; or --port=0 for any free one"
+            f"--port={port} at --host={host}: {error.strerror or error}; choose another port, or 0 for any free one"
         ) from None
     return listener
 
@@ -184,13 +187,13 @@ def _measured(args, settings):
 
 
 def _run_on_ray(args, settings):
+    _bind(args.host, args.port).close()
     try:
         from sdpoint_jax.serving import ray_cluster, ray_serve, service
     except ImportError as error:
         raise ImportError(f"{error}: --ray needs the extra, pip install 'sdpoint_jax[ray]'") from None
     from sdpoint_jax.storage import artefact
 
-    _bind(args.host, args.port).close()
     if args.token or args.token_file:
         raise ValueError("--token with --ray: PUT /budget would reach one replica; set user_config in a Serve config")
     least, most = _replicas(args.replicas)

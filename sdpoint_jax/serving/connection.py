@@ -218,6 +218,8 @@ class Connection(HttpToolsProtocol):
         self._door.attend_to(self)
         if self.cycle.response_complete:
             self._wait_for_next()
+        elif self._timer is not None:  # The service stops, and waited for the rest of this request.
+            self._set_timer(self._bounds.stop_seconds, self.abort)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -246,9 +248,10 @@ class Connection(HttpToolsProtocol):
             self._close()
         else:
             self.cycle.keep_alive = False
-            # Without this, requests that are queued behind it would be answered.
-            self.pipeline.clear()
-            self._set_timer(self._bounds.stop_seconds, self.abort)
+            self.pipeline.clear()  # What was sent behind it is not answered any more.
+            # Who has not sent all of it gets little time, so that the service does not wait for clients.
+            seconds = self._bounds.linger_seconds if self._in_message else self._bounds.stop_seconds
+            self._set_timer(seconds, self.abort)
 
     def pause_writing(self) -> None:
         """Give the client some time to read."""

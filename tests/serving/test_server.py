@@ -4,8 +4,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import io
-import signal
-import socket
 import struct
 import threading
 import time
@@ -351,52 +349,6 @@ def test_a_failing_program_fails_its_own_requests_alone(predictor, monkeypatch):
         return await engine.classify(np.zeros((8, 8, 1), np.uint8))
 
     assert asyncio.run(ask()).logits.shape == (10,)
-
-
-@pytest.fixture
-def running(served):
-    with services.running(served, "--objective-ms=20000") as service:
-        yield service
-
-
-@pytest.mark.slow
-def test_a_stop_in_mid_burst_answers_what_was_accepted(running):
-    process, address = running
-    results, started = [], threading.Barrier(9)
-
-    def ask():
-        with httpx.Client(timeout=60) as client:
-            started.wait()
-            for _ in range(40):
-                try:
-                    response = client.post(f"{address}/predict", content=services.encode(services.PICTURE))
-                except httpx.TransportError as error:
-                    results.append(type(error).__name__)
-                    return
-                results.append(response.status_code)
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    started.wait()
-    while len(results) < 20:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
-    for thread in threads:
-        thread.join()
-    # Whoever was accepted got an answer; whoever came later found the door closed.
-    assert set(results) <= {200, 503, "ConnectError", "RemoteProtocolError", "ReadError"} and results.count(200) >= 20
-
-
-@pytest.mark.slow
-def test_a_body_that_never_ends_is_not_waited_for(running):
-    _, address = running
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1073741824\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
-    assert httpx.get(f"{address}/healthz").status_code == 200
 
 
 def test_deadlines_leave_time_for_the_layers_around_the_queue_and_it_is_forgotten():
