@@ -6,6 +6,8 @@ import shlex
 import warnings
 
 import pytest
+import services
+from commands import run
 
 from sdpoint_jax.cli import config_flag, main
 from sdpoint_jax.config import to_dict
@@ -66,3 +68,18 @@ def test_the_commands_of_a_page_are_understood(page):
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_commands_that_classify_do_what_their_page_says(digits, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra predict")
+    pathlib.Path("photos").mkdir()
+    for path in ("photo.jpg", "photos/1.jpg", "photos/2.jpg"):
+        services.PICTURE.save(path)
+    shown = [(run(*arguments), capsys.readouterr().out)[1] for _, _, *arguments in commands("docs/predict.md")]
+    page = (ROOT / "docs/predict.md").read_text()
+    example = re.search(r"^```\n(photo.*?)```$", page, re.M | re.S)[1]
+    assert re.sub(r"\d", "0", shown[0]) == re.sub(r"\d", "0", example)
+    table = parquet.read_table("results")
+    assert table["path"].to_pylist() == ["photos/1.jpg", "photos/2.jpg"]
+    assert pathlib.Path("results.csv").read_text().startswith(",".join(table.column_names) + "\nphotos/1.jpg,1,")
+    assert all(f"`{name}`" in page for name in table.column_names)

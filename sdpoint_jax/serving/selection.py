@@ -213,7 +213,9 @@ def find_setting(
     """
     measured = [latency for row in rows for latency in row.latencies]
     if not measured:
-        raise ValueError("latency and memory: not measured for any instance of this table; run: python -m sdpoint_jax profile ARTEFACT")
+        raise ValueError(
+            "latency and memory: not measured for any instance; run: python -m sdpoint_jax profile ARTEFACT"
+        )
     measured = _narrow(measured, "device", device)
     if runtime is not None:
         measured = _narrow(measured, "runtime", runtime)
