@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -91,7 +92,8 @@ def symbolic_batch() -> Any:
 
 
 def fold(program: Program, images: Value, known: Mapping[Value, Known]) -> InferenceTrace:
-    """Compute what is known before the program runs."""
+    """Compute what is known before the program runs; scans are unrolled."""
+    program = program._replace(equations=tuple(_without_scans(program.equations)))
     values, computed = dict(known), []
     for equation in program.equations:
         operands = [constant(atom) if isinstance(atom, Constant) else values.get(atom) for atom in equation.inputs]
@@ -104,6 +106,40 @@ def fold(program: Program, images: Value, known: Mapping[Value, Known]) -> Infer
         else:
             computed.append(equation)
     return InferenceTrace(program, images, values, computed)
+
+
+def _without_scans(equations) -> Iterator[Equation]:
+    for equation in equations:
+        if equation.primitive != "scan":
+            yield equation
+            continue
+        shapes = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in equation.inputs]
+        inner = flatten(jax.make_jaxpr(functools.partial(_unroll, equation.params))(*shapes), "onnx")
+        outer = dict(zip(inner.inputs, equation.inputs, strict=True))
+
+        def read(atom, outer=outer):
+            return outer.get(atom, atom) if isinstance(atom, Value) else atom
+
+        for one in _without_scans(inner.equations):
+            yield one._replace(inputs=tuple(map(read, one.inputs)), scope=(*equation.scope, *one.scope))
+        for output, result in zip(inner.outputs, equation.outputs, strict=True):
+            yield Equation("copy", (read(output),), (result,), {}, equation.scope, lambda x: x)
+
+
+def _unroll(params, *operands):
+    """Compute what a scan does, step by step."""
+    body, num_consts, num_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+    consts, carry = operands[:num_consts], list(operands[num_consts : num_consts + num_carry])
+    columns = operands[num_consts + num_carry :]
+    steps = range(params["length"])
+    rows = []
+    for i in reversed(steps) if params["reverse"] else steps:
+        parts = [jax.lax.index_in_dim(column, i, keepdims=False) for column in columns]
+        results = jax.extend.core.jaxpr_as_fun(body)(*consts, *carry, *parts)
+        carry, row = list(results[:num_carry]), results[num_carry:]
+        rows.append(row)
+    rows = rows[::-1] if params["reverse"] else rows
+    return [*carry, *(jnp.stack(column) for column in zip(*rows))]
 
 
 def _is_empty(shape):

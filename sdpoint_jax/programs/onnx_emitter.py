@@ -796,8 +796,10 @@ def _parent(value):
 def _convolution(graph, equation, x, kernel):
     params = equation.params
     numbers = params["dimension_numbers"]
-    if params["batch_group_count"] != 1 or any(step != 1 for step in params["lhs_dilation"]):
-        raise _NoForm("a transposed convolution")
+    if params["batch_group_count"] != 1:
+        raise _NoForm("groups of the batch")
+    if any(step != 1 for step in params["lhs_dilation"]):
+        return _transposed_convolution(graph, equation, x, kernel)
     spatial = numbers.lhs_spec[2:]
     x = _cropped(graph, x, dict(zip(spatial, params["padding"]))) if isinstance(x, _Tensor) else x
     pads = [[max(0, int(pad[end])) for pad in params["padding"]] for end in (0, 1)]
@@ -813,6 +815,34 @@ def _convolution(graph, equation, x, kernel):
         group=params["feature_group_count"],
     )
     output = equation.outputs[0].aval
+    return _Tensor(output.shape, output.dtype, name, tuple(numbers.out_spec))
+
+
+def _transposed_convolution(graph, equation, x, kernel):
+    params, output = equation.params, equation.outputs[0].aval
+    numbers = params["dimension_numbers"]
+    features_out, features_in, *spatial = numbers.rhs_spec
+    reach = [d * (kernel.shape[axis] - 1) for d, axis in zip(params["rhs_dilation"], spatial)]
+    pads = [[r - int(pad[end]) for r, pad in zip(reach, params["padding"])] for end in (0, 1)]
+    if (
+        not isinstance(kernel, Known)
+        or params["feature_group_count"] != 1
+        or any(step != 1 for step in params["window_strides"])
+        or min(pads[0]) < 0
+    ):
+        raise _NoForm("a transposed convolution of this kind")
+    flipped = Known(np.flip(kernel.array, spatial), kernel.name)
+    name = graph.node(
+        "ConvTranspose",
+        graph.name(x, tuple(numbers.lhs_spec)),
+        graph.name(flipped, (features_in, features_out, *spatial)),
+        name=_parent(kernel),
+        kernel_shape=[kernel.shape[axis] for axis in spatial],
+        strides=list(params["lhs_dilation"]),
+        pads=pads[0] + [max(0, pad) for pad in pads[1]],
+        output_padding=[max(0, -pad) for pad in pads[1]],
+        dilations=list(params["rhs_dilation"]),
+    )
     return _Tensor(output.shape, output.dtype, name, tuple(numbers.out_spec))
 
 

@@ -22,6 +22,7 @@ from sdpoint_jax.programs.onnx_emitter import Emitter  # noqa: E402
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((2, 6, 8, 4), np.float32)
 KERNEL = RNG.standard_normal((1, 1, 4, 4), np.float32)
+LARGE = RNG.standard_normal((3, 2, 4, 4), np.float32)
 MATRIX = RNG.standard_normal((8, 5), np.float32)
 TABLE = RNG.standard_normal((3, 4), np.float32)
 MAP = RNG.standard_normal((1, 6, 8, 4), np.float32)
@@ -35,6 +36,17 @@ def mixed(x):
 def smallest(x):
     """The smallest element of each window, as `nn.max_pool` finds the largest."""
     return lax.reduce_window(x, np.inf, lax.min, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
+
+
+def scanned(x, reverse):
+    """Steps with a parameter of their own each, and a result of each."""
+
+    def step(x, row):
+        x = nn.relu(x * row) + 1
+        return x, x.mean((1, 2))
+
+    x, means = lax.scan(step, x, TABLE, reverse=reverse)
+    return x * means[1, :, None, None]
 
 
 def graph_of(function, images=IMAGES):
@@ -90,6 +102,10 @@ FUNCTIONS = {
     ),
     "clipped": lambda x: jnp.clip(x, -0.5, 1) + lax.clamp(-1.0, x, 0.5) + jnp.maximum(x, 0.3) + jnp.minimum(x, 6),
     "clipped_by_values": lambda x: lax.clamp(-abs(x), x + 1, x * x) + jnp.clip(x, x.min(), 0.2 * MAP),
+    "scanned_both_ways": lambda x: scanned(x, False) + scanned(x, True),
+    "transposed_convolutions": lambda x: (
+        lax.conv_transpose(x, LARGE, (2, 3), "SAME") + lax.conv_transpose(x, LARGE, (2, 3), "VALID")[:, :12, :24]
+    ),
     "roots_and_powers": lambda x: jnp.sqrt(x**2 + 1) + lax.rsqrt(x * x + 1) + (x**2 + 1) ** 0.3 + 1 / (1 + x**4),
     "exponentials": lambda x: jnp.expm1(x) + jnp.log1p(x * x) + jnp.exp2(x) + nn.log_softmax(x) + nn.logsumexp(x),
     "activations": lambda x: nn.elu(x) + nn.celu(x) + nn.softplus(x) + nn.hard_tanh(x) + nn.selu(x) + nn.soft_sign(x),
