@@ -136,32 +136,39 @@ def profile_artefact(
     wanted = _find_instances(swept, instances) | {FULL_RESOLUTION}  # To compare the others with.
     chosen = [row.instance for row in swept.rows if row.instance in wanted]
     runtimes = make_runtimes(swept, runtime)
-    profiled, beside = _measure(swept, path, chosen, runtimes, batch_sizes, effort or latency.Effort())
+    unfinished = artefact.unfinished_profile(path)
+    profiled, beside = _measure_and_write(
+        path, swept, chosen, runtimes, batch_sizes, effort or latency.Effort(), unfinished
+    )
     print(table.format_latencies(profiled.rows, runtimes[0].device))
     print(f"a predictor uses {describe_runtimes(Predictor(profiled), chosen, batch_sizes)}")
     print(f"written: the table of {path}{beside}")
 
 
-def _measure(swept, path, chosen, runtimes, batch_sizes, effort) -> "tuple[Artefact, str]":
+def _measure_and_write(path, swept, chosen, runtimes, batch_sizes, effort, unfinished) -> "tuple[Artefact, str]":
     """Measure instances and write the latencies; return the artefact with them, and what else was written."""
     from sdpoint_jax.evaluation import sweep, table
-    from sdpoint_jax.profiling import latency
     from sdpoint_jax.storage import artefact
     from sdpoint_jax.storage.lock import FolderLock
 
     files = path.with_name(table.TABLE)
     in_sweep = path.name == artefact.ARTEFACT and files.is_file()
-    unfinished = artefact.unfinished_profile(path)
     with FolderLock(path.parent, "folder"):
         _, baseline = table.read_table(files) if in_sweep else (None, None)
-        found = latency.profile(runtimes, chosen, batch_sizes, effort, unfinished=unfinished, of=_checksum(swept))
-        profiled = swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
+        profiled = _measure(swept, chosen, runtimes, batch_sizes, effort, unfinished)
         if in_sweep:
             sweep.write_results(profiled, path.parent, baseline, runtimes[0].device)
         else:
             artefact.save(profiled, path)
         unfinished.unlink(missing_ok=True)
     return profiled, ", and sweep.csv, sweep.json, latency.png beside it" if in_sweep else ""
+
+
+def _measure(swept, chosen, runtimes, batch_sizes, effort, unfinished) -> "Artefact":
+    from sdpoint_jax.profiling import latency
+
+    found = latency.profile(runtimes, chosen, batch_sizes, effort, unfinished=unfinished, of=_checksum(swept))
+    return swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
 
 
 def measure_missing(
@@ -210,15 +217,15 @@ def measure_missing(
     count, listed = f"{len(missing)} of {len(swept.rows)} instances", ", ".join(map(str, sizes))
     say(f"not measured yet on {device}: {count} at batch sizes {listed}; measuring them first")
     effort, start = latency.Effort(repeats=30, seconds=0.5, rounds=10), time.monotonic()
-    if os.access(path.parent, os.W_OK):
-        profiled, _ = _measure(swept, path, missing, runtimes, sizes, effort)
-        where = f"written into the table of {path}"
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            unfinished = pathlib.Path(folder) / "profiling.json"
-            found = latency.profile(runtimes, missing, sizes, effort, unfinished=unfinished, of=None)
-        profiled = swept.with_rows([_with_latencies(row, found.get(row.instance, ())) for row in swept.rows])
-        where = f"not kept, as {path.parent.absolute()} cannot be written to"
+    # Not the unfinished file of `profile`: what an interrupted one has measured in hours would be lost.
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = swept, missing, runtimes, sizes, effort, pathlib.Path(folder) / "profiling.json"
+        if os.access(path.parent, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
+            profiled, _ = _measure_and_write(path, *arguments)
+            where = f"written into the table of {path}"
+        else:
+            profiled = _measure(*arguments)
+            where = f"not kept, as {path.resolve().parent} cannot be written to"
     say(f"measured in {time.monotonic() - start:.0f} s; {where}")
     return profiled
 

@@ -91,8 +91,12 @@ def _run_here(args, settings):
     hosts = comma_separated(args.allowed_hosts or "", str, "allowed-hosts")
     anyone = "*" in hosts or not hosts and not ipaddress.ip_address(host).is_loopback
     door = connection.Door(bounds, None if anyone else hosts)
-    swept = _measured(args, settings)
-    app = make_app(settings, swept=swept, token=token, stop_seconds=bounds.stop_seconds, on_ready=_show_ready)
+    try:
+        swept = _measured(args, settings)
+        app = make_app(settings, swept=swept, token=token, stop_seconds=bounds.stop_seconds, on_ready=_show_ready)
+    except BaseException:
+        listener.close()
+        raise
     sys.setswitchinterval(0.0003)  # Of Python's 5 ms, the event loop would lose several to each call of a runtime.
     config = uvicorn.Config(
         app,

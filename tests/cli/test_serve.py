@@ -28,8 +28,10 @@ def measure(path, instances, sizes=(1,)):
 
 
 def test_what_is_missing_is_measured_and_kept(path):
+    unfinished = artefact.unfinished_profile(path)
+    unfinished.write_text('{"key": "of a profile that was interrupted"}')
     found, said = measure(path, "p01_r0.50")
-    assert found == {("p01_r0.50", 1)}
+    assert found == {("p01_r0.50", 1)} and unfinished.exists()
     assert f"not measured yet on {describe_device()}: 1 of 7 instances at batch sizes 1; measuring" in said[0]
     assert f"written into the table of {path}" in said[1]
     assert measure(path, "p01_r0.50") == (found, [])
