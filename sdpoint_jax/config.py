@@ -3,8 +3,10 @@
 `configs/` holds a file per experiment; each starts from `default_config()` and changes what differs.
 """
 
+import difflib
 import json
 import math
+import numbers
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -152,13 +154,65 @@ def known_keys() -> tuple[str, ...]:
     return tuple(key for key, _ in _flatten(default_config()))
 
 
+def unknown_key(key: str) -> ValueError:
+    """Return the error for a key that a config does not have: it names the nearest ones."""
+    inside = [known for known in known_keys() if known.startswith(f"{key}.")]
+    if inside:
+        return ValueError(f"config key {key!r}: a group of keys; valid are {', '.join(inside)}")
+    last = [known.rpartition(".")[2] for known in known_keys()]
+    # By the last part as well: the nearest of nme are model.name and dataset.name. And by initials, as lr.
+    found = [name for name in last if "".join(part[0] for part in name.split("_")) == key]
+    for wanted in (key, key.rpartition(".")[2]):
+        found += difflib.get_close_matches(wanted, [*known_keys(), *last], n=3, cutoff=0.6)
+    near = [known for name in found for known in known_keys() if f".{known}".endswith(f".{name}")]
+    listed = f"nearest are {', '.join(list(dict.fromkeys(near))[:4])}" if near else "no key is near"
+    return ValueError(f"config key {key!r}: {listed}; sdpoint_jax/config.py lists all")
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Raise ValueError unless a config has all keys and no others."""
+    found = {key for key, _ in _flatten(config)}
+    if unknown := sorted(found - set(known_keys())):
+        raise unknown_key(unknown[0])
+    if missing := sorted(set(known_keys()) - found):
+        raise ValueError(f"config has no {', '.join(missing)}: start from sdpoint_jax.config.default_config()")
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Return the value of a key from text, as on the command line.
+
+    Raises:
+        ValueError: it is not of the key's type; names key and text.
+    """
+    default = dict(_flatten(default_config()))[key]
+    try:
+        if isinstance(default, tuple):
+            inner = text.strip().removesuffix(",")
+            if inner[:1] + inner[-1:] in ("()", "[]"):
+                inner = inner[1:-1].removesuffix(",")
+            separator = "x" if key == "dataset.image_size" and "," not in inner else ","
+            return tuple(_parse(part, _ELEMENTS[key]) for part in inner.split(separator)) if inner.strip() else ()
+        return _parse(text, type(default))
+    except (ValueError, KeyError):
+        raise ValueError(f"config.{key} {text}: must be {_describe_type(key, default)}") from None
+
+
+def _parse(text, kind):
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return int(text, 16) if kind is int and text.lower().startswith("0x") else kind(text)
+
+
+def _describe_type(key, default):
+    if isinstance(default, tuple):
+        return f"{'whole numbers' if _ELEMENTS[key] is int else 'numbers'} with commas between"
+    return {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises ValueError for a key that is missing or unknown, and for a value that no experiment can have."""
+    check_keys(config)
     flat = dict(_flatten(config))
-    if unknown := sorted(set(flat) - set(known_keys())):
-        raise ValueError(f"config key {unknown[0]!r}: known are {', '.join(known_keys())}")
-    if missing := sorted(set(known_keys()) - set(flat)):
-        raise ValueError(f"config has no {', '.join(missing)}: start from sdpoint_jax.config.default_config()")
     for key, valid in _CHOICES.items():
         if flat[key] not in valid:
             raise ValueError(f"config.{key} {flat[key]!r}: valid are {', '.join(valid)}")
@@ -171,6 +225,15 @@ def check_config(config: ConfigDict) -> None:
     for key in _POSITIVE:
         if not flat[key] > 0:
             raise ValueError(f"config.{key} {flat[key]}: must be positive")
+    for key, value in flat.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"config.{key} {value}: must be a number")
+    for key, kind in _ELEMENTS.items():
+        if wrong := [value for value in flat[key] if not _is_number(value, kind)]:
+            what = "whole numbers" if kind is int else "finite numbers"
+            raise ValueError(f"config.{key} {tuple(flat[key])}: {wrong[0]!r} is not among {what}")
+    if min(flat["milestones"], default=0) < 0:
+        raise ValueError(f"config.milestones {tuple(flat['milestones'])}: at least 0")
     size = flat["dataset.image_size"]
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"config.dataset.image_size {tuple(size)}: a height and a width in pixels")
@@ -186,6 +249,11 @@ def check_config(config: ConfigDict) -> None:
     if len(flat["sampling_powers"]) != 2 or not all(abs(power) <= 100 for power in flat["sampling_powers"]):
         raise ValueError(f"config.sampling_powers {tuple(flat['sampling_powers'])}: two numbers of at most 100")
     _check_distillation(flat)
+
+
+def _is_number(value, kind):
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole or (kind is float and isinstance(value, numbers.Real) and math.isfinite(value))
 
 
 def _check_distillation(flat):
@@ -222,6 +290,18 @@ _CHOICES = {
     "dataset.on_bad_image": ("error", "skip"),
     "dataset.on_changed_images": ("error", "continue"),
 }
+# Keys that hold several numbers, and of which kind.
+_ELEMENTS = {
+    "points": int,
+    "ratios": float,
+    "dataset.image_size": int,
+    "dataset.mean": float,
+    "dataset.std": float,
+    "sampling_weights": float,
+    "sampling_powers": float,
+    "milestones": float,
+    "betas": float,
+}
 _POSITIVE = ("num_epochs", "learning_rate", "validate_every_epochs", "distillation_temperature", "epsilon")
 _LOWEST = {
     "seed": 0,
@@ -239,6 +319,7 @@ _LOWEST = {
     "momentum": 0,
     "weight_decay": 0,
     "clip_norm": 0,
+    "decay": 0,
     "mixup": 0,
     "cutmix": 0,
 }
@@ -297,7 +378,7 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     values.pop("format", None)
     for key, value in _flatten(values):
         if key not in known_keys():
-            raise ValueError(f"config key {key!r}: known are {', '.join(known_keys())}")
+            raise unknown_key(key)
         *path, last = key.split(".")
         target = config[path[0]] if path else config
         try:

@@ -49,6 +49,21 @@ def start(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--distributed: no cluster found ({error}); give --coordinator, --num-processes and --process-id"
             ) from error
+    check_platform()
+
+
+def check_platform() -> None:
+    """Raise ValueError if JAX_PLATFORMS names devices that are not here; call it once all processes are joined."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    if wanted in ("", "cpu"):
+        return
+    import jax
+
+    try:
+        jax.devices()
+    except Exception as error:  # For cuda without its plugin, an AssertionError without a word.
+        said = " ".join(str(error).split())
+        raise ValueError(f"JAX_PLATFORMS={wanted}: JAX finds no such device; unset it, or set cpu. {said}") from error
 
 
 def leave_the_others(error: Exception) -> None:

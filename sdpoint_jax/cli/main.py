@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
         _fail(ValueError(f"{ours[0]}: {command} takes no config"))
     try:
         _set_up()
+        if command != "prepare" and not hasattr(args, "coordinator"):
+            distributed.check_platform()  # Of several processes, after they have joined.
         code = importlib.import_module(_module(command)).run(args) or 0
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

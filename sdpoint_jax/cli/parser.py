@@ -1,6 +1,7 @@
 """The parser of the command line: one class for all commands, flags with dashes, errors in one line."""
 
 import argparse
+import difflib
 import importlib.metadata
 import platform
 import re
@@ -43,15 +44,29 @@ class Parser(argparse.ArgumentParser):
         parsed, surplus = self.parse_known_args(given, namespace)
         for arg in surplus:
             if arg.startswith("-"):
-                self.error(f"Unknown command line flag {arg.lstrip('-').partition('=')[0]!r}")
+                self.error(_unknown_flag(arg, self._flags(parsed)))
             if not hasattr(parsed, "inputs"):
                 self.error(f"argument {arg!r}: flags begin with --, and take their value after =")
             parsed.inputs.append(arg)  # argparse takes only the first run of positional arguments for nargs="*".
         return parsed
 
+    def _flags(self, parsed):
+        """Return the flags of the command that was given."""
+        parser = self
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parser = action.choices[parsed.command]
+        return [*parser._option_string_actions, *(["--config"] if parser.get_default("takes_config") else [])]
+
     def error(self, message: str) -> NoReturn:
         """Prints the message as one line and exits."""
         self.exit(FAILED, f"error: {' '.join(message.split())}\n")
+
+
+def _unknown_flag(arg, flags):
+    name = arg.partition("=")[0]
+    near = difflib.get_close_matches(name, flags, n=3, cutoff=0.6)
+    return f"Unknown command line flag {name.lstrip('-')!r}" + (f"; nearest: {', '.join(near)}" if near else "")
 
 
 def _with_dashes(arg):

@@ -167,7 +167,10 @@ def load(path: str | os.PathLike, model: Any = None) -> Artefact:
     Raises:
         CheckpointError: there is none, it is damaged or of a newer format, or it is a checkpoint of another kind.
     """
-    arrays, record = checkpoint.load(path)
+    try:
+        arrays, record = checkpoint.load(path)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(f"{error}{_hint(pathlib.Path(path))}") from error
     if "table" not in record:
         raise checkpoint.CheckpointError(f"{path}: not the artefact of a sweep; evaluate.py writes one")
     if (version := record.get("format", 1)) not in range(1, FORMAT + 1):
@@ -179,6 +182,16 @@ def load(path: str | os.PathLike, model: Any = None) -> Artefact:
     except (LookupError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{path}: not a sound artefact: {error}") from error
     return dataclasses.replace(found, given_model=model)
+
+
+def _hint(path):
+    """Return what an error adds where the path of a run or of a sweep was given instead of the artefact's."""
+    found = sorted({*path.glob(ARTEFACT), *path.glob(f"sweep*/{ARTEFACT}")})
+    if found:
+        return f"; its artefact is {' or '.join(map(str, found))}"
+    if (path / checkpoint.CHECKPOINTS).is_dir():
+        return f"; it is a run, whose artefact comes from: python evaluate.py --workdir={path}"
+    return ""
 
 
 def _from_record(arrays, record):

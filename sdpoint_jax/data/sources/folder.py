@@ -83,6 +83,8 @@ def read_folder(root: str) -> tuple[tuple[str, ...], dict[str, FolderRecords]]:
         ValueError: no folder, no training split, fewer than two classes, a class without training images, another
             split with a class that training lacks or without any images.
     """
+    if not root:
+        raise ValueError("folder: give the folder of the images after the colon, as folder:/path/to/images")
     if not os.path.isdir(root):
         raise ValueError(f"folder:{root}: there is no such folder")
     places = {split: _first_folder(root, names) for split, names in FOLDERS.items()}
