@@ -49,24 +49,28 @@ def decode(data: bytes, channels: int, formats: Sequence[str] | None = None) -> 
 
 
 def _is_ordinary(data: bytes, channels: int) -> bool:
-    """Tells whether OpenCV and PIL agree on the pixels of this kind of file; on RGB made grey they do not."""
+    """Whether OpenCV and PIL agree on the pixels of this kind of file; on RGB made grey they do not."""
     if data.startswith(b"\xff\xd8"):
-        return _jpeg_components(data) in (1, channels)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        bit_depth, colour_type = data[24:26] if len(data) > 26 else (0, 0)
-        return bit_depth == 8 and {0: 1, 2: 3}.get(colour_type) in (1, channels)
-    return False
+        components, pixels = _jpeg_frame(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 26:
+        width, height, bit_depth, colour_type = struct.unpack_from(">IIBB", data, 16)
+        components, pixels = {0: 1, 2: 3}.get(colour_type, 0) if bit_depth == 8 else 0, width * height
+    else:
+        return False
+    # PIL warns of more pixels, and refuses twice as many: a file of 0.4 MB may become 400 million of them.
+    return components in (1, channels) and pixels <= (Image.MAX_IMAGE_PIXELS or pixels)
 
 
-def _jpeg_components(data: bytes) -> int:
-    """Returns the number of colour components in a JPEG's frame header: 1 grey, 3 YCbCr, 4 CMYK; 0 without one."""
+def _jpeg_frame(data: bytes) -> tuple[int, int]:
+    """Return the components in a JPEG's frame header, 1 grey, 3 YCbCr, 4 CMYK, and its pixels; zeros without one."""
     position = 2
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return data[position + 9]
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            return components, height * width
         position += 2 + length
-    return 0
+    return 0, 0
 
 
 def _decode_cv2(data: bytes, channels: int) -> np.ndarray | None:

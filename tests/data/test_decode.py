@@ -140,3 +140,11 @@ def test_values_whose_white_is_not_known_are_refused(kind, value):
 def test_values_that_are_no_numbers_are_refused():
     with pytest.raises(decode.BadImageError, match="nan"):
         decode.decode(encode_grey(np.full((4, 4), np.nan, np.float32), format="TIFF"), 3)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "progressive jpeg", "png", "webp"])
+def test_more_pixels_than_pil_allows_are_refused_before_they_are_decoded(monkeypatch, kind):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", RGB[..., 0].size // 2 - 1)
+    monkeypatch.setattr(decode, "_decode_cv2", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(decode.BadImageError, match="exceeds limit"):
+        decode.decode(FILES[kind], 3)
