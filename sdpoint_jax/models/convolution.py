@@ -52,7 +52,7 @@ def _formulation():
 
 
 def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **kwargs: Any) -> nn.Conv:
-    """Makes a square convolution without bias, zero-padded by kernel // 2 on every side as in PyTorch.
+    """Return a square convolution, by default without bias, zero-padded by kernel // 2 on every side as in PyTorch.
 
     Args:
         features: output channels.
@@ -67,8 +67,6 @@ def convolution(features: int, kernel: int, stride: int = 1, groups: int = 1, **
         strides=(stride, stride),
         padding=[(kernel // 2, kernel // 2)] * 2,
         feature_group_count=groups,
-        use_bias=False,
-        kernel_init=he_fan_out_normal,
         conv_general_dilated=_formulation(),
-        **kwargs,
+        **{"use_bias": False, "kernel_init": he_fan_out_normal, **kwargs},
     )

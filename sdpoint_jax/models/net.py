@@ -209,8 +209,8 @@ class SDPointNet(nn.Module, kw_only=True):
             dialect: `torchvision` or `timm`, where their names differ.
 
         Returns:
-            PyTorch's modules by the paths of our layers. A parameter that is no weight or bias of a layer, such as a
-            position embedding, is listed by its own path, with the tensor's name and shape.
+            PyTorch's modules by the paths of our layers. A parameter whose tensor is named otherwise than its layer's
+            weight or bias is listed by its own path; one that is laid out otherwise, with the tensor's shape.
 
         Raises:
             ValueError: The network has no names of this dialect.

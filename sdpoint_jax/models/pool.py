@@ -29,7 +29,11 @@ def downsampled_size(size: int, ratio: float) -> int:
 
 @jax.named_scope(f"{SCOPE}.average")
 def adaptive_avg_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Averages `x` [B, H, W, C] over adaptive windows to [B, *size, C], each side in 1..H and 1..W."""
+    """Average `x` [B, H, W, C] over adaptive windows to [B, *size, C]; a larger size repeats cells, as in PyTorch."""
+    if size[0] > x.shape[1] or size[1] > x.shape[2]:
+        for axis, out in ((1, size[0]), (2, size[1])):
+            x = _average_by_matrix(x, axis, out)
+        return x
     if target.platform() == "tpu" and pools_at_once(x.shape[1:3], size, averages=True):
         return _average_at_once(x, size)
     if target.platform() == "onnx":

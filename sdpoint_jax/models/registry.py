@@ -15,31 +15,39 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sdpoint_jax.models import resnet
+from sdpoint_jax.models import convnext, densenet, efficientnet, mobilenet, regnet, resnet, vgg, vit
 from sdpoint_jax.models.net import SDPointNet
 
-FAMILIES = (resnet,)
+FAMILIES = (resnet, densenet, vgg, mobilenet, efficientnet, regnet, convnext, vit)
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class NamesModel(Protocol):
-    """What names a net: an artefact or the `model` of a config.
+    """What names a net: an artefact."""
 
-    Attributes:
-        model: Name of the net, see `create_model`.
-        model_args: Its attributes, see `create_model`.
-        downsampling: Operation at the points.
-        dtype: Type of the computation.
-        num_classes: Number of classes, K.
-        given_model: The net's class or the net itself, if the user gave it instead of a name to import.
-    """
+    @property
+    def model(self) -> str:
+        """Name of the net; see `create_model`."""
 
-    model: str
-    model_args: str
-    downsampling: str
-    dtype: str
-    num_classes: int
-    given_model: Any
+    @property
+    def model_args(self) -> str:
+        """Attributes of the net; see `create_model`."""
+
+    @property
+    def downsampling(self) -> str:
+        """Operation at the points."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of the computation."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, K."""
+
+    @property
+    def given_model(self) -> Any:
+        """The net's class, the net itself or its name, if the user gave it."""
 
 
 def model_names() -> tuple[str, ...]:

@@ -72,7 +72,9 @@ def import_torch_state_dict(
     if reset_head:
         wanted = {name: tensor for name, tensor in wanted.items() if name not in head}
         state_dict = {name: array for name, array in state_dict.items() if name not in head}
-    fitting = [name for name in sorted(wanted) if np.shape(state_dict.get(name)) == wanted[name].shape]
+    fitting = [
+        name for name in sorted(wanted) if name in state_dict and np.shape(state_dict[name]) == wanted[name].shape
+    ]
     arrays = {name: _float32(state_dict[name]) for name in fitting}  # Tensors of other shapes are not even read.
     if faults := list(_faults(state_dict, wanted, arrays, head)):
         raise ValueError(f"the state dict does not fit the net: {'; '.join(faults)}")
@@ -123,17 +125,20 @@ def torch_tensors(model: SDPointNet, channels: int = 3, dialect: str = "torchvis
     names, tensors = model.torch_names(dialect), {}
     for path, leaf in flatten_dict(_shapes(model, channels)).items():
         _, *layer, last = path
-        found = names.get("/".join(path[1:])) or names["/".join(layer)]
+        found = names.get("/".join(path[1:]), "")
         if isinstance(found, TorchTensor):
             tensors[found.name] = _Tensor(found.shape, path, leaf.shape)
             continue
         shape = tuple(leaf.shape[axis] for axis in np.argsort(_AXES[leaf.ndim]))
-        tensors[f"{found}.{_LEAVES[last]}"] = _Tensor(shape, path)
+        tensors[found or f"{names['/'.join(layer)]}.{_LEAVES[last]}"] = _Tensor(shape, path)
     return tensors
 
 
 def _from_torch(array, tensor):
-    return array.transpose(_AXES[array.ndim]) if tensor.ours is None else array.reshape(tensor.ours)
+    if tensor.ours is None:
+        return array.transpose(_AXES[array.ndim])
+    # A linear layer may be a convolution there, over the whole map.
+    return array.reshape(len(array), -1).T if len(tensor.ours) == 2 else array.reshape(tensor.ours)
 
 
 def _shapes(model, channels):
