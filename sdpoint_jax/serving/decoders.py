@@ -19,14 +19,13 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from sdpoint_jax.serving.clients import Usage
 from sdpoint_jax.serving.contents import FORMATS, ContentError
 from sdpoint_jax.serving.decoder import DONE, READY, REQUEST, RESPONSE, TOO_LARGE, DecoderSettings
 
-_FORGETTING_SECONDS = 2.0
 _SHARE = 2.0  # Of the mean CPU time of the clients: who uses more goes to the slow lane, if it is also more than this:
 _NEGLIGIBLE_SECONDS = 0.05
 _RESTART_SECONDS = 0.3  # CPU time to start a process, charged to the client whose image ended the last one.
-_MOST_CLIENTS = 4096
 _SECRETS = ("SDPOINT_TOKEN",)  # Not for a process that opens what clients send.
 
 
@@ -103,7 +102,7 @@ class Decoders:
             pixels: Most pixels of an image.
             lanes: The quick and the slow lane.
         """
-        self._shape, self._usage = image_shape, _Usage()
+        self._shape, self._usage = image_shape, Usage()
         self._lanes = [_Queue(lane, image_shape, resize, pixels, self._usage) for lane in lanes]
 
     def start(self) -> None:
@@ -130,6 +129,11 @@ class Decoders:
         """Count a client as one of those that share the decoders."""
         self._usage.add(client, 0.0)
 
+    def is_excessive(self, client: Hashable) -> bool:
+        """Whether a client uses so much more CPU time than the others that it should wait for idle time."""
+        own = self._usage.of(client)
+        return own > _NEGLIGIBLE_SECONDS and own >= _SHARE * self._usage.mean()
+
     async def decode(self, body: bytes, content_type: str, client: Hashable, deadline: float) -> np.ndarray:
         """Return the image of a body, as the net takes it: uint8 [H, W, C].
 
@@ -144,7 +148,7 @@ class Decoders:
             TooLate: The deadline has passed.
         """
         quick, slow = self._lanes
-        lane = slow if len(body) > quick.lane.body_bytes or self._usage.is_excessive(client) else quick
+        lane = slow if len(body) > quick.lane.body_bytes or self.is_excessive(client) else quick
         while True:
             job = _Job(body, content_type, client, asyncio.get_running_loop().create_future())
             lane.submit(job)
@@ -160,37 +164,6 @@ class Decoders:
             if status != TOO_LARGE or lane is slow:
                 raise ContentError(status, content.decode())
             lane = slow
-
-
-class _Usage:
-    """CPU seconds of decoding by client, which fade."""
-
-    def __init__(self):
-        self._used: dict[Hashable, tuple[float, float]] = {}  # Client: seconds, and when they were counted.
-
-    def add(self, client, seconds):
-        now = time.monotonic()
-        self._used[client] = (self._seconds(client, now) + seconds, now)
-        if len(self._used) > _MOST_CLIENTS:
-            oldest = sorted(self._used, key=lambda client: self._used[client][1])
-            for client in oldest[: _MOST_CLIENTS // 2]:
-                del self._used[client]
-
-    def seconds(self, client):
-        return self._seconds(client, time.monotonic())
-
-    def is_excessive(self, client):
-        """Whether a client uses so much more than the others that it should wait for idle CPU time."""
-        now = time.monotonic()
-        own = self._seconds(client, now)
-        if own < _NEGLIGIBLE_SECONDS:
-            return False
-        recent = [other for other, (_, at) in self._used.items() if now - at < _FORGETTING_SECONDS]
-        return own >= _SHARE * sum(self._seconds(other, now) for other in recent) / len(recent)
-
-    def _seconds(self, client, now):
-        seconds, at = self._used.get(client, (0.0, now))
-        return seconds * math.exp((at - now) / _FORGETTING_SECONDS)
 
 
 class _Queue:
@@ -241,7 +214,7 @@ class _Queue:
             if not self._free:
                 self._add()
             # Of equal ones the first: `min` and the list keep the order in which they came.
-            job = min(self.jobs, key=lambda job: self._usage.seconds(job.client))
+            job = min(self.jobs, key=lambda job: self._usage.of(job.client))
             self.jobs.remove(job)
             job.begun = True
             process = self._free.pop()

@@ -198,7 +198,7 @@ def test_the_client_who_has_used_least_is_next_and_a_greedy_one_waits_for_idle_t
     quick, _ = decoders._lanes
     decoders._usage.add("greedy", 10.0)
     decoders.greet("modest")
-    assert decoders._usage.is_excessive("greedy") and not decoders._usage.is_excessive("modest")
+    assert decoders.is_excessive("greedy") and not decoders.is_excessive("modest")
     began, order = time.monotonic(), []
 
     async def one(client):
@@ -219,11 +219,11 @@ def test_the_client_who_has_used_least_is_next_and_a_greedy_one_waits_for_idle_t
 
 
 def test_one_client_alone_is_never_greedy():
-    usage = Decoders(SHAPE, None, pixels=1)._usage
-    usage.add("a", 10.0)
-    assert not usage.is_excessive("a")
-    usage.add("b", 9.0)
-    assert not usage.is_excessive("a") and not usage.is_excessive("b")
+    decoders = Decoders(SHAPE, None, pixels=1)
+    decoders._usage.add("a", 10.0)
+    assert not decoders.is_excessive("a")
+    decoders._usage.add("b", 9.0)
+    assert not decoders.is_excessive("a") and not decoders.is_excessive("b")
 
 
 def test_the_process_imports_no_jax_and_gets_no_token(monkeypatch, tmp_path):

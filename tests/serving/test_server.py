@@ -7,6 +7,7 @@ import io
 import struct
 import threading
 import time
+import types
 import zlib
 
 import numpy as np
@@ -433,3 +434,24 @@ def test_what_could_not_even_be_read_in_time_is_refused(predictor, monkeypatch):
         assert refused.status_code == 503 and "faster than they can be read" in refused.text
         assert refused.headers["Retry-After"] == "1"
         assert client.post("/predict", content=npy(np.zeros((8, 8, 1), np.uint8))).status_code == 200
+
+
+def test_who_sends_many_bad_bodies_waits_for_the_answers(client, monkeypatch):
+    waited, sleep = [], asyncio.sleep
+
+    async def watched(seconds):
+        waited.append(seconds)
+        await sleep(0)
+
+    # Of the application alone: other clients' answers do not wait.
+    monkeypatch.setattr(
+        "sdpoint_jax.serving.server.asyncio", types.SimpleNamespace(**vars(asyncio) | {"sleep": watched})
+    )
+    waited.clear()
+    for _ in range(20):
+        assert client.post("/predict", content=b"x").status_code == 422
+    of_faults = [seconds for seconds in waited if seconds != 0.01]
+    assert of_faults[0] == pytest.approx(0.0, abs=1e-9) and 0.1 < max(of_faults) < 1.0
+    waited.clear()
+    assert client.post("/predict", content=npy(np.zeros((8, 8, 1), np.uint8))).status_code == 200
+    assert not [seconds for seconds in waited if seconds != 0.01]  # Besides those that watch the event loop.
