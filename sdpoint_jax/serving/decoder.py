@@ -42,6 +42,7 @@ READY = b"r"
 _MOST_CHUNKS = 8192  # Of a PNG: one of 16 MiB in IDAT chunks of 4 KiB has 4096.
 _LONGEST_SIDE = 65_535  # As of a JPEG. PIL needs 1 GiB for a PNG of 1 x 40 million pixels.
 _MOST_STEPS = 10_000  # Of PIL's Python loop over the head of a JPEG: it makes one for each segment and each junk byte.
+_PNG_COMPRESSED, _MOST_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP"), 16  # Photo software writes about three of them.
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MIB = 1 << 20
 
@@ -202,15 +203,18 @@ def _size_of_webp(body):
 def _strip_png(body: bytes) -> bytes:
     """Return the PNG without what its pixels do not need.
 
-    Compressed texts and colour profiles cost up to a thousand times their size, and PIL inflates them all.
+    Compressed texts and colour profiles become up to a thousand times their size, and PIL inflates them all.
     """
-    kept, position, seen = [body[:8]], 8, set()
+    kept, position, seen, compressed = [body[:8]], 8, set(), 0
     for _ in range(_MOST_CHUNKS):
         head = body[position : position + 8]
         kind, end = head[4:], position + 12 + int.from_bytes(head[:4], "big")
         if kind == b"IDAT" or kind in _PNG_PIXELS and kind not in seen:  # A second IHDR would change the size.
             kept.append(body[position:end])
         seen.add(kind)
+        compressed += kind in _PNG_COMPRESSED
+        if compressed > _MOST_COMPRESSED:  # Nobody needs them, so that this client is not an ordinary one.
+            raise ContentError(422, f"the image has more than {_MOST_COMPRESSED} compressed texts and profiles")
         if kind == b"IEND" or end > len(body) or len(head) < 8:
             return b"".join(kept)
         position = end

@@ -105,6 +105,8 @@ WRONG = {
         "9000 x 9000",
     ),
     "many chunks": (png(10, 10, chunk(b"teSt", b"") * 9000), 422, "8192 chunks"),
+    "many texts": (png(10, 10, TEXT * 50), 422, "16 compressed texts"),
+    "many profiles": (png(10, 10, PROFILE * 50), 422, "16 compressed texts"),
     "many segments": (jpeg(b"\xff\xfe\0\2" * 20_000), 422, "10000 steps"),
     "many fill bytes": (jpeg(b"\xff" * 20_000), 422, "10000 steps"),
     "much junk": (jpeg(b"\xff\xfe\0\2" + bytes(20_000)), 422, "steps"),
@@ -127,8 +129,7 @@ def test_a_hostile_image_gets_a_reason(kind):
 
 
 def test_texts_and_profiles_are_never_inflated():
-    stripped = _strip_png(png(10, 10, TEXT * 50, PROFILE * 50))
-    assert stripped == png(10, 10)
+    assert _strip_png(png(10, 10, TEXT * 10, PROFILE * 5)) == png(10, 10)
     assert len(_strip_jpeg(jpeg(b"\xff\xe2\xff\xff" + bytes(65_533)))) == len(_strip_jpeg(jpeg())) < 65_000
 
 
