@@ -490,7 +490,14 @@ STUDY_J = Study(
     comparisons=(Comparison("sdpoint", "plain", "SDPoint", "plain, downsampled at inference only"),),
 )
 
-STUDIES = {
-    study.name: study
-    for study in (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F, STUDY_G, STUDY_H, STUDY_I, STUDY_J)
-}
+STUDY_K = dataclasses.replace(
+    STUDY_J,
+    name="K",
+    question="Is it so for a net without residual blocks, DenseNet-BC-40-12?",
+    base={**_WHOLE, "model.name": "densenet_bc_40_12"},
+    epochs=12,
+    seeds=(0,),
+)
+
+_ALL = (STUDY_A, STUDY_B, STUDY_C, STUDY_D, STUDY_E, STUDY_F, STUDY_G, STUDY_H, STUDY_I, STUDY_J, STUDY_K)
+STUDIES = {study.name: study for study in _ALL}
