@@ -83,3 +83,9 @@ def test_the_commands_that_classify_do_what_their_page_says(digits, capsys):
     assert table["path"].to_pylist() == ["photos/1.jpg", "photos/2.jpg"]
     assert pathlib.Path("results.csv").read_text().startswith(",".join(table.column_names) + "\nphotos/1.jpg,1,")
     assert all(f"`{name}`" in page for name in table.column_names)
+
+
+def test_the_page_on_files_lists_every_command():
+    rows = [line.split("|")[1] for line in (ROOT / "docs/files.md").read_text().splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall("`([a-z]+)`", row)}
+    assert set(main.COMMANDS) <= listed

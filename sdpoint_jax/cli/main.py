@@ -4,6 +4,7 @@
 """
 
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -156,6 +157,10 @@ def _set_up():
 
 
 def _quieten_orbax():
-    """Keeps the traceback of Orbax's threads from the terminal: their errors are raised where it waits for them."""
-    shown = threading.excepthook
+    """Keep tracebacks of Orbax's threads from the terminal: their errors are raised where it waits for them."""
+    shown, unraisable = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda args: None if type(args.thread).__module__.startswith("orbax.") else shown(args)
+    # orbax-checkpoint 0.12 logs them as well.
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    # TensorStore's other writes end later, and find Orbax's event loop closed.
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else unraisable(args)

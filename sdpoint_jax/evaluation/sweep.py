@@ -24,6 +24,7 @@ from sdpoint_jax.evaluation import plot, table
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.cascade import CascadeRow
+from sdpoint_jax.profiling import latency
 from sdpoint_jax.profiling.macs import count_cost, count_macs, count_set_macs
 from sdpoint_jax.programs import hosts
 from sdpoint_jax.programs.devices import is_main_host
@@ -187,6 +188,7 @@ def _have_stages(cascades, instances):
 def check_output(output: pathlib.Path) -> None:
     """Raise ValueError if files in the folder `output` that a sweep did not write are in the way of its results."""
     checkpoint.check_replaceable(output / artefact.ARTEFACT)
+    latency.check_unfinished(artefact.unfinished_profile(output / artefact.ARTEFACT))
     if (output / table.TABLE).exists():
         table.read_table(output / table.TABLE)  # With a sweep's table in it, the folder is the folder of a sweep.
     elif found := [name for name in _NAMES if os.path.lexists(output / name)]:

@@ -244,6 +244,12 @@ def summarize(turns: Iterable[Sequence[float]]) -> tuple[float, float, int]:
     return round(statistics.median(ordered), 4), round(p95, 4), len(ordered)
 
 
+def check_unfinished(path: pathlib.Path) -> None:
+    """Raise ValueError if there is a file at `path` that no profile wrote, which one would replace."""
+    if path.exists() and not path.read_bytes().startswith(b'{"key": '):
+        raise ValueError(f"{path}: was not written by a profile, and is in the way of one; move it")
+
+
 class _Unfinished:
     """As a context, keeps the measurements so far in a file that belongs to one `key`; saves them at the end."""
 
@@ -253,9 +259,8 @@ class _Unfinished:
         self.compile_seconds: dict[str, float] = {}
 
     def __enter__(self) -> "_Unfinished":
+        check_unfinished(self._path)
         content = self._path.read_bytes() if self._path.exists() else b""
-        if content and not content.startswith(b'{"key": '):
-            raise ValueError(f"{self._path}: was not written by a profile, and is in the way of one; move it")
         with contextlib.suppress(ValueError, TypeError, LookupError):  # Damaged.
             found = json.loads(content)
             if found["key"] == self._key:

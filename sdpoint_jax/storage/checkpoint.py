@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,6 +57,7 @@ def save(path: str | os.PathLike, arrays: Mapping[str, Any], record: Mapping[str
                 checkpointer.save(new, args)
             _seal(new)
         except Exception as error:  # A full disk surfaces as any of several exception types of orbax and tensorstore.
+            time.sleep(0.3)  # TensorStore goes on for a moment, and would make a folder again that was removed.
             raise OSError(errno.EIO, _cause(error)) from error
 
 

@@ -93,7 +93,7 @@ def list_names(parent: pathlib.Path) -> set[str]:
 def settle(parent: pathlib.Path, own_files: OwnFiles, name: str | None = None) -> None:
     """Finish what killed processes have left in the folder `parent`; only for the folder `name`, if it is given."""
     for temporary in _temporaries(parent, name):
-        with contextlib.suppress(OSError), (temporary / _MARK).open() as mark:
+        with contextlib.suppress(OSError), (temporary / _MARK).open("a") as mark:
             fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Fails where the process is alive.
             _settle(temporary, parent / _name_of(temporary), own_files)
 
@@ -119,8 +119,9 @@ def _temporary(path, own_files):
             finally:
                 _settle(folder, path, own_files)
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # Is there only if the mark could not be written.
+        if not os.path.lexists(folder / _MARK):
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # Is there only if the mark could not be written.
 
 
 def _interrupted(parent):
@@ -133,8 +134,14 @@ def _temporaries(parent, name=None):
     pattern = re.compile(files.temporary_pattern(names))
     with contextlib.suppress(OSError):
         for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
-            if pattern.fullmatch(entry.name) and os.path.isfile(os.path.join(entry.path, _MARK)):
+            if pattern.fullmatch(entry.name) and _is_temporary(entry.path):
                 yield pathlib.Path(entry.path)
+
+
+def _is_temporary(folder):
+    """Whether a folder with a temporary name has our mark, or only a new folder that was made again after the end."""
+    names = os.listdir(folder)
+    return _MARK in names or (names != [] and all(name.startswith(_NEW) for name in names))
 
 
 def _name_of(temporary):
@@ -149,7 +156,18 @@ def _settle(temporary, path, own_files):
         if gone.exists():
             _dissolve(gone, path, own_files(gone) or [])
     if not any((temporary / name).exists() for name in (_OLD, _REMOVED)):  # What is left in them belongs to somebody.
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear(temporary)
+
+
+def _clear(temporary):
+    """Remove a temporary folder, its mark last: where that fails, the next command removes the rest."""
+    for entry in temporary.iterdir():
+        if entry.name != _MARK:
+            shutil.rmtree(entry, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if os.listdir(temporary) == [_MARK]:
+            (temporary / _MARK).unlink()
+        temporary.rmdir()
 
 
 def _dissolve(gone, path, own):

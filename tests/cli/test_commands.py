@@ -1,18 +1,22 @@
 """Bad input to any command ends it with one line that names the value and what is valid, and an exit code."""
 
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
 
+from sdpoint_jax.cli import main
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import checkpoint
@@ -337,3 +341,23 @@ def test_bad_input_is_one_line_that_names_it(ended, index):
     assert "Traceback" not in found["error"] + found["out"]
     assert re.match(rf"error: .*{message}", line), found
     assert found["error"].strip().count("\n") == 0, found
+
+
+def test_errors_of_orbaxs_threads_are_not_printed_beside_the_one_line(monkeypatch):
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
+    main._quieten_orbax()
+    thread = type("Thread", (), {"__module__": "orbax.checkpoint"})()
+    threading.excepthook(SimpleNamespace(thread=thread))
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+    assert not printed
+    others = [SimpleNamespace(thread=threading.current_thread()), SimpleNamespace(exc_value=RuntimeError("other"))]
+    threading.excepthook(others[0])
+    sys.unraisablehook(others[1])
+    assert printed == others
+    failure = (ValueError, ValueError("No space left on device"), None)
+    for path, exc_info, shown in (("site-packages/orbax/x.py", failure, False), ("orbax/x.py", None, True)):
+        record = logging.LogRecord("absl", logging.ERROR, path, 1, "x", None, exc_info)
+        assert bool(logging.getLogger("absl").filter(record)) == shown

@@ -195,7 +195,17 @@ def test_a_damaged_part_of_an_interrupted_sweep_is_measured_again(experiment, pa
 
 
 @pytest.mark.parametrize(
-    "name", ["sweep.csv", "sweep.png", "latency.png", "cascades.png", "sweep.json", "artefact/1.jpg", "lock"]
+    "name",
+    [
+        "sweep.csv",
+        "sweep.png",
+        "latency.png",
+        "cascades.png",
+        "sweep.json",
+        "artefact/1.jpg",
+        "artefact.profiling.json",
+        "lock",
+    ],
 )
 def test_files_that_no_sweep_wrote_are_refused_before_anything_is_measured(experiment, params, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -95,6 +95,12 @@ def test_the_temporary_folder_of_a_live_process_is_left_alone(tmp_path):
         assert (alive / "new").exists() and not dead.exists()
 
 
+def test_a_temporary_folder_that_came_back_after_its_end_is_removed(tmp_path):
+    (tmp_path / ".box.0123456789abcdef.sdpoint_jax" / "new.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)
+    write(tmp_path / "box", a="1")
+    assert os.listdir(tmp_path) == ["box"]
+
+
 def test_a_kill_before_others_files_were_carried_over_loses_none(tmp_path):
     leftover = tmp_path / ".box.0123456789abcdef.sdpoint_jax"
     write(leftover / "old", a="1")
