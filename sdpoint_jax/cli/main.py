@@ -31,7 +31,7 @@ COMMANDS = {
     "prepare": ("prepare", "prepare a data set, once"),
 }
 
-_NOT_PATHS = ("--coordinator", "--host", "--token")
+_NOT_PATHS = ("--allowed-hosts", "--coordinator", "--host", "--token")
 
 
 def main(arguments: Sequence[str] | None = None, *, command: str | None = None) -> NoReturn:

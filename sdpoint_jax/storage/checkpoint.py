@@ -309,7 +309,13 @@ class RunCheckpoints:
 
 
 def move_aside(path: pathlib.Path) -> None:
-    """Rename a damaged checkpoint to N.damaged, or the next name with a number that is free."""
+    """Rename a damaged checkpoint to N.damaged, or the next name with a number that is free.
+
+    Raises:
+        ValueError: nothing in the folder says that it was a checkpoint.
+    """
+    if (names := set(os.listdir(path))) and not names & {FILES, "arrays", "record"}:
+        raise ValueError(f"{path}: was not written by this package, and is in the way of a checkpoint; move it")
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
 

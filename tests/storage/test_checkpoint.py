@@ -208,6 +208,15 @@ def test_what_damaged_checkpoints_a_run_finds_it_moves_aside(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20", "20.damaged", "20.damaged1", "30.damaged"]
 
 
+def test_a_folder_of_somebody_else_with_a_number_as_its_name_is_refused(tmp_path):
+    write_run(tmp_path, (10,))
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "note").write_text("dear")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/2024: was not written by this package"):
+        checkpoint.RunCheckpoints(tmp_path, keep=1, start_step=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "2024"]
+
+
 def test_the_best_checkpoints_are_kept_besides_the_newest(tmp_path):
     checkpoints = checkpoint.RunCheckpoints(tmp_path, keep=1, keep_best=2, score=lambda record: record.get("score"))
     for step, score in enumerate((0.5, 0.9, 0.9, 0.1, None, 0.2)):
