@@ -20,8 +20,8 @@ import numpy as np
 from common import report
 
 from sdpoint_jax.instance import SDPointInstance
+from sdpoint_jax.interop.torch_import import import_torch_state_dict
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.torch_import import import_torch_state_dict
 from sdpoint_jax.programs.devices import Switch, on_device, shapes_of
 from sdpoint_jax.programs.inference import classify
 

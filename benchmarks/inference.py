@@ -105,7 +105,7 @@ def bare_session(setting: Setting):
     """Makes a function of a session of onnxruntime with default options but for the threads: images to logits."""
     import onnxruntime
 
-    from sdpoint_jax.programs.onnx_graph import build_model
+    from sdpoint_jax.interop.onnx_graph import build_model
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = count_threads()

@@ -31,9 +31,9 @@ import numpy as np
 import serving
 from PIL import Image
 
+from sdpoint_jax.choice.selection import check_device
 from sdpoint_jax.serving.controller import Controller, LatencyTable
 from sdpoint_jax.serving.predictor import Predictor
-from sdpoint_jax.serving.selection import check_device
 
 # Connections: open before the first request, as those of a proxy are; and at most, later ones wait, and that counts.
 _OPEN_CONNECTIONS, _CONNECTIONS = 512, 2048

@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sdpoint_jax.choice.table import InstanceRow, Latency
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.serving.controller import Batch, Controller, LatencyTable, Refused, Request
 from sdpoint_jax.serving.observed import Delay
-from sdpoint_jax.storage.table import InstanceRow, Latency
 
 PRESETS = {
     "small": dict(loads="0.5,1,2", seeds=3, policies="full,cheapest,slackfit,headroom"),

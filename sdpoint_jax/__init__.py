@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sdpoint_jax.choice.selection import Budget as Budget
+    from sdpoint_jax.choice.selection import select as select
     from sdpoint_jax.instance import FULL_RESOLUTION as FULL_RESOLUTION
     from sdpoint_jax.instance import STEM as STEM
     from sdpoint_jax.instance import SDPointInstance as SDPointInstance
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
     from sdpoint_jax.models.registry import create_model as create_model
     from sdpoint_jax.profiling.macs import count_cost as count_cost
     from sdpoint_jax.serving.predictor import Predictor as Predictor
-    from sdpoint_jax.serving.selection import Budget as Budget
-    from sdpoint_jax.serving.selection import select as select
     from sdpoint_jax.storage.checkpoint import load_newest as load_checkpoint  # noqa: F401
 
 __version__ = "0.1.0"
@@ -27,8 +27,8 @@ _HOMES = {
     "create_model": ("models.registry", "create_model"),
     "count_cost": ("profiling.macs", "count_cost"),
     "Predictor": ("serving.predictor", "Predictor"),
-    "Budget": ("serving.selection", "Budget"),
-    "select": ("serving.selection", "select"),
+    "Budget": ("choice.selection", "Budget"),
+    "select": ("choice.selection", "select"),
     "load_checkpoint": ("storage.checkpoint", "load_newest"),
 }
 __all__ = list(_HOMES)

@@ -18,12 +18,12 @@ import jax
 from ml_collections import ConfigDict
 from results import CASCADE, Row
 
+from sdpoint_jax.choice.cascade import select_cascade
 from sdpoint_jax.config import RUN_TIME_KEYS, check_config, default_config, known_keys
 from sdpoint_jax.evaluation import cascades
 from sdpoint_jax.evaluation.sweep import sweep
 from sdpoint_jax.experiment import Experiment, parse_instances
 from sdpoint_jax.instance import FULL_RESOLUTION, SAMPLINGS, WEIGHTED, SDPointInstance
-from sdpoint_jax.models.cascade import select_cascade
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow

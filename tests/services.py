@@ -15,7 +15,7 @@ import urllib.request
 import numpy as np
 from PIL import Image
 
-from sdpoint_jax.storage.table import Latency
+from sdpoint_jax.choice.table import Latency
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = (1, 4, 16)

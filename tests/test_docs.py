@@ -39,7 +39,8 @@ def digits(swept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+# The net of this page, and what the page does with it, is tested in tests/test_your_net.py.
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/your_net.md"])
 def test_the_python_of_a_page_runs(page, digits):
     namespace = {}
     for block in blocks(page, "python"):

@@ -6,15 +6,15 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
-from export import nets
 from flax.traverse_util import flatten_dict, unflatten_dict
+from interop import nets
 
-from sdpoint_jax.export import bundle
+from sdpoint_jax.choice.cascade import Cascade, confidence
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.cascade import Cascade, confidence
+from sdpoint_jax.interop import bundle
+from sdpoint_jax.interop.torch_import import import_torch_state_dict
 from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.torch_import import import_torch_state_dict
 from sdpoint_jax.programs.evaluator import Evaluator
 from sdpoint_jax.serving.predictor import Predictor
 from sdpoint_jax.storage import artefact
@@ -105,7 +105,7 @@ def test_an_onnx_model(found, tmp_path):
 
 
 def test_tensors_under_torchvisions_names(found):
-    exported = pytest.importorskip("sdpoint_jax.export.safetensors")
+    exported = pytest.importorskip("sdpoint_jax.interop.safetensors")
     for instance in INSTANCES:
         tensors = exported.state_dict(found, instance)
         variables = import_torch_state_dict(tensors, create_model(found.model, found.num_classes), channels=3)

@@ -17,22 +17,35 @@ IMPORTS = {
     "progress": set(),
     "paths": set(),
     "data": {"paths"},
-    "storage": {"config", "instance", "paths"},
+    "choice": {"instance"},
+    "storage": {"choice", "config", "instance", "paths"},
     "models": {"instance"},
     "programs": {"instance", "models", "storage"},
-    "profiling": {"instance", "models", "progress", "storage"},
+    "profiling": {"choice", "instance", "models", "progress", "storage"},
     "experiment": {"config", "data", "instance", "models"},
-    "evaluation": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
+    "evaluation": {
+        "choice",
+        "config",
+        "experiment",
+        "instance",
+        "models",
+        "profiling",
+        "programs",
+        "progress",
+        "storage",
+    },
     "training": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
-    "serving": {"data", "instance", "models", "paths", "profiling", "programs", "storage"},
-    "export": {"instance", "models", "programs", "storage"},
+    "interop": {"instance", "models", "programs", "storage"},
+    "runtimes": {"instance", "interop", "storage"},
+    "serving": {"choice", "data", "instance", "models", "paths", "profiling", "programs", "runtimes", "storage"},
     "cli": {
+        "choice",
         "config",
         "data",
         "evaluation",
         "experiment",
-        "export",
         "instance",
+        "interop",
         "models",
         "paths",
         "profiling",
@@ -43,7 +56,7 @@ IMPORTS = {
         "training",
     },
 }
-FLOORS = 5  # train.py and evaluate.py stand on top of them.
+FLOORS = 8  # train.py and evaluate.py stand on top of them.
 
 
 def files_of(room):
@@ -109,13 +122,14 @@ def test_pmap_is_in_one_file():
     assert [path.relative_to(PACKAGE).as_posix() for path in users] == ["programs/devices.py"]
 
 
-@pytest.mark.parametrize("room", ["serving", "export", "profiling"])
+@pytest.mark.parametrize("room", ["serving", "interop", "runtimes", "profiling"])
 def test_what_serves_needs_no_optimizer(room):
     assert not any(name.startswith("optax") for path in files_of(room) for name in imports_of(path))
 
 
 def test_what_decides_needs_no_jax():
-    modules = "sdpoint_jax.serving.selection, sdpoint_jax.serving.controller, sdpoint_jax.models.cascade"
+    names = [f"sdpoint_jax.choice.{path.stem}" for path in files_of("choice")]
+    modules = ", ".join(["sdpoint_jax.serving.controller", *names])
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

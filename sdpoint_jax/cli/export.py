@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the export and prints what is in it."""
-    from sdpoint_jax.export import bundle  # Late: JAX takes seconds.
+    from sdpoint_jax.interop import bundle  # Late: JAX takes seconds.
     from sdpoint_jax.storage import artefact
 
     swept = artefact.load(args.artefact, args.model)

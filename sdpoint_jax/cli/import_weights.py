@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Imports the file and writes the checkpoint."""
     from sdpoint_jax import config  # Late: JAX takes seconds.
-    from sdpoint_jax.models import torch_import
+    from sdpoint_jax.interop import torch_import
     from sdpoint_jax.storage import checkpoint
 
     checkpoint.check_replaceable(args.output)

@@ -148,9 +148,9 @@ def _write_classes(args, run_parts):
 
 def _prepare(args, part_size, exclude=()):
     """Return (images, artefact, row of the instance, plan); cut `args.batch_size` to what the images need."""
+    from sdpoint_jax.choice.selection import Budget, select
     from sdpoint_jax.instance import SDPointInstance
     from sdpoint_jax.serving import offline
-    from sdpoint_jax.serving.selection import Budget, select
     from sdpoint_jax.storage import artefact
 
     budget = Budget(max_macs=args.max_macs, min_top1=args.min_top1)

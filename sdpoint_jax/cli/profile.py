@@ -201,8 +201,8 @@ def measure_missing(
         ValueError: an instance that was not swept, or another process writes to the folder of the artefact.
         ImportError: a runtime that is not installed; names the extra.
     """
+    from sdpoint_jax.choice.selection import list_batch_sizes, list_latencies
     from sdpoint_jax.profiling import latency
-    from sdpoint_jax.serving.selection import list_batch_sizes, list_latencies
     from sdpoint_jax.storage.device import describe_device
 
     path, device = pathlib.Path(path), describe_device()

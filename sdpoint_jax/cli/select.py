@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the instance within the budget."""
+    from sdpoint_jax.choice.selection import Budget, check_device, select
     from sdpoint_jax.profiling.macs import full_macs
-    from sdpoint_jax.serving.selection import Budget, check_device, select
     from sdpoint_jax.storage import artefact  # Late: JAX takes seconds.
     from sdpoint_jax.storage.device import describe_device
 

@@ -20,12 +20,12 @@ import jax
 import numpy as np
 
 from sdpoint_jax import progress
+from sdpoint_jax.choice import cascade as arithmetic
+from sdpoint_jax.choice.cascade import Calibrated, Cascade, CascadeRow, Measured
 from sdpoint_jax.evaluation.sweep import make_evaluator
 from sdpoint_jax.evaluation.table import format_macs, pareto_front
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.models import cascade as arithmetic
-from sdpoint_jax.models.cascade import Calibrated, Cascade, CascadeRow, Measured
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.profiling.macs import count_macs, count_suffix_macs
 from sdpoint_jax.storage import artefact, files
@@ -173,7 +173,7 @@ def choose_cascades(
         cascades: the stages of each; empty to search among all instances of `logits`.
         logits: [n, K] of each instance, of the calibration images.
         labels: [n].
-        costs_of: from stages to the costs of `models.cascade.mean_cost`.
+        costs_of: from stages to the costs of `choice.cascade.mean_cost`.
 
     Returns:
         for each of `cascades` its best thresholds at these costs; of a search, the best of all at these costs.

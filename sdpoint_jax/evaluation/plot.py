@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sdpoint_jax.choice.table import Setting
 from sdpoint_jax.evaluation.table import (
     LEAST_SAVING,
     PAPER_ONLY,
@@ -17,7 +18,6 @@ from sdpoint_jax.evaluation.table import (
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.storage import files
 from sdpoint_jax.storage.artefact import InstanceRow
-from sdpoint_jax.storage.table import Setting
 
 _STYLES = (
     dict(color="tab:blue", marker="o"),

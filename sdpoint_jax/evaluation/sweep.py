@@ -19,11 +19,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sdpoint_jax import progress
+from sdpoint_jax.choice.cascade import CascadeRow
 from sdpoint_jax.config import identity, to_dict
 from sdpoint_jax.evaluation import plot, table
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.cascade import CascadeRow
 from sdpoint_jax.profiling import latency
 from sdpoint_jax.profiling.macs import count_cost, count_macs, count_set_macs
 from sdpoint_jax.programs import hosts

@@ -9,10 +9,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sdpoint_jax.choice import pareto
+from sdpoint_jax.choice.table import Latency, Setting
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.storage import files
 from sdpoint_jax.storage.artefact import InstanceRow, SweepSettings
-from sdpoint_jax.storage.table import Latency, Setting
 
 TABLE = "sweep.json"
 PAPER_ONLY = "cheap on paper only: saves less than half as much time as MACs"
@@ -62,12 +63,8 @@ def list_settings(rows: Sequence[InstanceRow], device: str | None = None) -> lis
 def pareto_front(
     rows: Sequence[InstanceRow], cost: Callable[[InstanceRow], float] = lambda row: row.macs
 ) -> list[InstanceRow]:
-    """Returns the rows that no other one beats in both cost, by default MACs, and top-1, from the cheapest on."""
-    front: list[InstanceRow] = []
-    for row in sorted(rows, key=lambda row: (cost(row), -row.top1)):
-        if not front or row.top1 > front[-1].top1:
-            front.append(row)
-    return front
+    """Return the rows that no other row beats in both cost, by default MACs, and top-1, from the cheapest on."""
+    return pareto.pareto_front(rows, lambda row: row.top1, lambda row: (cost(row),))[::-1]
 
 
 def format_table(rows: Sequence[InstanceRow]) -> str:

@@ -29,9 +29,9 @@ import jax
 import numpy as np
 
 from sdpoint_jax import progress
+from sdpoint_jax.choice.table import Latency
 from sdpoint_jax.instance import SDPointInstance
 from sdpoint_jax.storage import files
-from sdpoint_jax.storage.table import Latency
 
 Target = TypeVar("Target", bound=Hashable)
 Turns = dict[Target, list[list[float]]]  # By target: the seconds of each timed call of each turn.

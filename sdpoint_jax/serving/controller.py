@@ -23,11 +23,11 @@ import math
 import numbers
 from collections.abc import Hashable, Iterable
 
-from sdpoint_jax.serving.latency_table import LatencyTable
+from sdpoint_jax.choice.latency_table import LatencyTable
+from sdpoint_jax.choice.selection import Budget, list_affordable
 from sdpoint_jax.serving.line import Accepted, Batch, Line, Refused, Request
 from sdpoint_jax.serving.observed import Arrivals, Pace
 from sdpoint_jax.serving.policies import Plan, find_policy
-from sdpoint_jax.serving.selection import Budget, list_affordable
 
 # What the policy `headroom` multiplies the rate of arrivals by: the most at first and after a request was lost, which
 # fades to the least over about so many that were not.

@@ -16,9 +16,9 @@ from collections.abc import Callable, Hashable, Iterable
 
 import numpy as np
 
+from sdpoint_jax.choice.selection import Budget
 from sdpoint_jax.serving.controller import Batch, Controller, Refused, Request
 from sdpoint_jax.serving.predictor import Predictor
-from sdpoint_jax.serving.selection import Budget
 
 _HISTORY_SECONDS = 60
 

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 from collections.abc import Hashable
 
-from sdpoint_jax.serving.latency_table import LatencyTable
+from sdpoint_jax.choice.latency_table import LatencyTable
 
 
 @dataclasses.dataclass(frozen=True)

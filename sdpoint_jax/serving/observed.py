@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sdpoint_jax.serving.latency_table import LARGEST_MARGIN, LatencyTable
+from sdpoint_jax.choice.latency_table import LARGEST_MARGIN, LatencyTable
 from sdpoint_jax.serving.line import Batch
 
 SCALES = (1 / 16, 1 / 4, 1.0)  # In objectives: how far back the rate of arrivals is looked at.

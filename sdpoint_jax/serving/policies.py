@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from sdpoint_jax.serving.latency_table import LatencyTable
+from sdpoint_jax.choice.latency_table import LatencyTable
 from sdpoint_jax.serving.line import Line
 from sdpoint_jax.serving.observed import Arrivals, Pace
 

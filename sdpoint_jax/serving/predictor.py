@@ -12,17 +12,17 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from sdpoint_jax.choice.cascade import Cascade, CascadeRow, select_cascade
+from sdpoint_jax.choice.selection import Budget, check_device, choose_runtime, select
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.models.cascade import Cascade, CascadeRow, select_cascade
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import model_of
 from sdpoint_jax.profiling.macs import full_macs
 from sdpoint_jax.programs.cascade import CascadePrograms
 from sdpoint_jax.programs.inference import InferencePrograms
-from sdpoint_jax.programs.onnx_sessions import OnnxSessions, check_onnxruntime
+from sdpoint_jax.runtimes.onnx_sessions import OnnxSessions, check_onnxruntime
 from sdpoint_jax.serving.images import to_batch
-from sdpoint_jax.serving.selection import Budget, check_device, choose_runtime, select
 from sdpoint_jax.storage import artefact
 from sdpoint_jax.storage.artefact import Artefact, InstanceRow
 from sdpoint_jax.storage.device import describe_device

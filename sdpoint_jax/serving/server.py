@@ -27,6 +27,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
 
+from sdpoint_jax.choice.selection import Budget, pareto_front
 from sdpoint_jax.serving import reference
 from sdpoint_jax.serving.clients import Usage, client_of
 from sdpoint_jax.serving.contents import EXPECTED, NPY, ContentError, format_of, read_npy
@@ -34,7 +35,6 @@ from sdpoint_jax.serving.decoders import Decoders, TooLate
 from sdpoint_jax.serving.engine import Engine, Late, Refusal
 from sdpoint_jax.serving.observed import Delay
 from sdpoint_jax.serving.predictor import Predictor
-from sdpoint_jax.serving.selection import Budget, pareto_front
 from sdpoint_jax.serving.turns import Turns
 from sdpoint_jax.serving.uploads import Uploads
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from sdpoint_jax.choice.latency_table import LatencyTable
+from sdpoint_jax.choice.table import InstanceRow, Latency
 from sdpoint_jax.serving.controller import Controller
-from sdpoint_jax.serving.latency_table import LatencyTable
-from sdpoint_jax.storage.table import InstanceRow, Latency
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -129,10 +129,10 @@ def make_app(
     """
     import numpy as np  # With JAX: the caller may have prepared the process for it just now.
 
+    from sdpoint_jax.choice.selection import check_device
     from sdpoint_jax.serving.decoders import Decoders
     from sdpoint_jax.serving.engine import Engine
     from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
-    from sdpoint_jax.serving.selection import check_device
     from sdpoint_jax.serving.server import Limits, create_app
     from sdpoint_jax.storage import artefact
 

@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdpoint_jax.choice.table import InstanceRow, Latency
 from sdpoint_jax.config import upgrade
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.storage import checkpoint
-from sdpoint_jax.storage.table import InstanceRow, Latency
 
 __all__ = ["ARTEFACT", "FORMAT", "Artefact", "InstanceRow", "Latency", "SweepSettings", "load", "save"]
 
@@ -60,7 +60,7 @@ class Artefact:
         mean, std: of each channel, on the scale 0..1.
         config: of the experiment, as JSON holds it.
         settings: how the sweep was measured.
-        cascades: the records of `models.cascade.CascadeRow`, if cascades were evaluated.
+        cascades: the records of `choice.cascade.CascadeRow`, if cascades were evaluated.
         source: digests of all that the rows and statistics were measured from; a sweep of the same repeats nothing.
     """
 

@@ -62,7 +62,7 @@ def main(cases, results):
     sys.path.insert(0, str(ROOT))
     for module in ("cli.main", "training.loop", "training.replay", "evaluation.sweep", "serving.predictor"):
         importlib.import_module(f"sdpoint_jax.{module}")
-    importlib.import_module("sdpoint_jax.models.torch_import")
+    importlib.import_module("sdpoint_jax.interop.torch_import")
     warnings.filterwarnings("ignore", message="os.fork")  # No thread of JAX runs yet.
     found = [run(command, arguments) for command, *arguments in json.loads(pathlib.Path(cases).read_text())]
     pathlib.Path(results).write_text(json.dumps(found))

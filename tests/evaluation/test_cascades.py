@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
+from sdpoint_jax.choice.cascade import CascadeRow, pareto_front, select_cascade, stages_from_name
 from sdpoint_jax.cli import evaluate
 from sdpoint_jax.cli.parser import Parser
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.evaluation import cascades
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.cascade import CascadeRow, pareto_front, select_cascade, stages_from_name
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.profiling.macs import count_macs
 from sdpoint_jax.programs.evaluator import Evaluator

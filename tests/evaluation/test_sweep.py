@@ -12,11 +12,11 @@ import pytest
 import services
 import tiny
 
+from sdpoint_jax.choice.cascade import Cascade, CascadeRow, Measured, stages_from_name
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.evaluation import plot, sweep, table
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION
-from sdpoint_jax.models.cascade import Cascade, CascadeRow, Measured, stages_from_name
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.artefact import InstanceRow, Latency

@@ -12,10 +12,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.interop.torch_import import DIALECTS, import_torch_state_dict, torch_tensors
 from sdpoint_jax.models import convnext, densenet, efficientnet, mobilenet, regnet, vgg, vit
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.registry import FAMILIES, create_model, model_names
-from sdpoint_jax.models.torch_import import DIALECTS, import_torch_state_dict, torch_tensors
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 K = 5

@@ -15,10 +15,10 @@ import torch_formulation as formulation
 from flax.traverse_util import flatten_dict
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.interop.torch_import import import_torch_state_dict
 from sdpoint_jax.models.architecture import Architecture
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ResNet
-from sdpoint_jax.models.torch_import import import_torch_state_dict
 
 HERE = pathlib.Path(__file__).parent
 REFERENCE = HERE.parents[2] / "shared" / "reference"

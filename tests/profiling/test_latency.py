@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
+from sdpoint_jax.choice.table import Latency
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.profiling import latency
@@ -23,7 +24,6 @@ from sdpoint_jax.profiling.memory import planned_memory
 from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.device import describe_device
 from sdpoint_jax.storage.lock import FolderLock
-from sdpoint_jax.storage.table import Latency
 
 
 class FakeMachine:

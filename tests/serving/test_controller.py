@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from sdpoint_jax.choice.selection import Budget
+from sdpoint_jax.choice.table import InstanceRow, Latency
 from sdpoint_jax.instance import list_instances
 from sdpoint_jax.serving.controller import Accepted, Controller, LatencyTable, Refused, Request
-from sdpoint_jax.serving.selection import Budget
-from sdpoint_jax.storage.table import InstanceRow, Latency
 
 INSTANCES = list_instances(3, has_stem_point=False)
 FULL, CHEAP, MIDDLE = "full", INSTANCES[1].name, INSTANCES[2].name

@@ -17,16 +17,16 @@ import pytest
 import tiny
 from PIL import Image
 
+from sdpoint_jax.choice.cascade import Cascade, CascadeRow, Measured, confidence
+from sdpoint_jax.choice.selection import Budget
+from sdpoint_jax.choice.table import Latency
 from sdpoint_jax.data.augment.crop import resize_and_center_crop
 from sdpoint_jax.evaluation import sweep
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.models.cascade import Cascade, CascadeRow, Measured, confidence
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.serving.predictor import Predictor, describe_runtimes
-from sdpoint_jax.serving.selection import Budget
 from sdpoint_jax.storage import artefact, checkpoint
 from sdpoint_jax.storage.device import describe_device
-from sdpoint_jax.storage.table import Latency
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = (

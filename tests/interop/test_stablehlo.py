@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from export import nets
+from interop import nets
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.models.target import ANY, Target, programs_for
@@ -20,7 +20,7 @@ from sdpoint_jax.storage import artefact
 
 pytest.importorskip("flatbuffers")
 
-from sdpoint_jax.export import bundle, stablehlo  # noqa: E402
+from sdpoint_jax.interop import bundle, stablehlo  # noqa: E402
 
 CHEAP = SDPointInstance(2, 0.75)
 

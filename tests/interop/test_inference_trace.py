@@ -1,10 +1,10 @@
 """The trace of an inference says which BatchNorms follow a convolution, and what they make of it."""
 
 import numpy as np
-from export import nets
+from interop import nets
 
 from sdpoint_jax.instance import FULL_RESOLUTION
-from sdpoint_jax.programs.inference_trace import norms_after_convolutions, trace_inference
+from sdpoint_jax.interop.inference_trace import norms_after_convolutions, trace_inference
 
 
 def folded(name):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sdpoint_jax.models import torch_file
+from sdpoint_jax.interop import torch_file
 from sdpoint_jax.models.net import SDPointNet, TorchTensor
 from sdpoint_jax.models.registry import create_model
 

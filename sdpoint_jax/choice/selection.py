@@ -18,7 +18,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sdpoint_jax.storage.table import InstanceRow, Latency
+from sdpoint_jax.choice import pareto
+from sdpoint_jax.choice.table import InstanceRow, Latency
 
 PREFERENCES = ("most accurate", "cheapest", "cheapest within one standard error")
 DIMENSIONS = ("latency", "macs", "memory")  # In the order in which `select` compares costs.
@@ -337,12 +338,8 @@ def _cost(row: InstanceRow, measured: Latency | None, dimension: str) -> float |
 
 
 def _front(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Returns those that none dominates, from the cheapest on; of equal ones the first by `expense`."""
-    front = []
-    # Whatever dominates a candidate, or equals it, comes before it in this order.
-    for candidate in sorted(candidates, key=lambda candidate: (-candidate.row.top1, candidate.expense)):
-        if not any(all(a <= b for a, b in zip(other.costs, candidate.costs)) for other in front):
-            front.append(candidate)
+    """Return the candidates that none dominates, from the cheapest on; of equal ones the first by `expense`."""
+    front = pareto.pareto_front(candidates, lambda one: one.row.top1, lambda one: one.costs, lambda one: one.expense)
     return sorted(front, key=lambda candidate: candidate.expense)
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from sdpoint_jax.serving.selection import Where, find_setting, list_batch_sizes, list_latencies
-from sdpoint_jax.storage.table import InstanceRow
+from sdpoint_jax.choice.pareto import pareto_front
+from sdpoint_jax.choice.selection import Where, find_setting, list_batch_sizes, list_latencies
+from sdpoint_jax.choice.table import InstanceRow
 
 LARGEST_MARGIN = 3.0  # Of tails over medians; what is above is a fault of the measurement.
 
@@ -85,12 +86,8 @@ class LatencyTable:
         return self._index[name]
 
     def front(self, among: Iterable[int]) -> tuple[int, ...]:
-        """Returns those that no other one is as accurate as and as fast as at every batch size, most accurate first."""
-        kept: list[int] = []
-        for i in sorted(among, key=lambda i: (-self.top1[i], self.per_image[i], i)):
-            if not any((self.seconds[other] <= self.seconds[i]).all() for other in kept):
-                kept.append(i)
-        return tuple(kept)
+        """Return the Pareto front of accuracy and of the time at every batch size, most accurate first."""
+        return tuple(pareto_front(among, lambda i: self.top1[i], lambda i: self.seconds[i], lambda i: i))
 
     def hull(self, among: Iterable[int]) -> tuple[int, ...]:
         """Returns those of the front that no mixture of two others equals, most accurate first.

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from sdpoint_jax.models import torch_file
+from sdpoint_jax.interop import torch_file
 
 torch = pytest.importorskip("torch")
 
@@ -179,7 +179,7 @@ def test_a_compressed_archive_and_a_program_are_refused(tmp_path):
 def test_pytorch_is_not_needed(tmp_path):
     saved({"a.b": torch.arange(3.0)}, tmp_path / "x.pt")
     code = (
-        "import sys; sys.modules['torch'] = None; import numpy as np; from sdpoint_jax.models import torch_file; "
+        "import sys; sys.modules['torch'] = None; import numpy as np; from sdpoint_jax.interop import torch_file; "
         f"print(np.asarray(torch_file.load({str(tmp_path / 'x.pt')!r})['a.b']))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

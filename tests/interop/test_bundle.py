@@ -10,13 +10,13 @@ import sys
 import commands
 import numpy as np
 import pytest
-from export import nets
+from interop import nets
 
+from sdpoint_jax.choice.table import InstanceRow, Latency
 from sdpoint_jax.evaluation.table import pareto_front
-from sdpoint_jax.export import bundle
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
+from sdpoint_jax.interop import bundle
 from sdpoint_jax.storage import artefact
-from sdpoint_jax.storage.table import InstanceRow, Latency
 
 pytest.importorskip("flatbuffers")
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from export import families, nets
+from interop import families, nets
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
 from sdpoint_jax.storage import artefact
@@ -12,8 +12,8 @@ from sdpoint_jax.storage import artefact
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from sdpoint_jax.export import onnx as exported  # noqa: E402
-from sdpoint_jax.programs.onnx_graph import build_model  # noqa: E402
+from sdpoint_jax.interop import onnx as exported  # noqa: E402
+from sdpoint_jax.interop.onnx_graph import build_model  # noqa: E402
 
 CHEAP = SDPointInstance(2, 0.75)
 

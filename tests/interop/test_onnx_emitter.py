@@ -16,8 +16,8 @@ from sdpoint_jax.models.trace import flatten
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from sdpoint_jax.programs.inference_trace import fold, symbolic_batch  # noqa: E402
-from sdpoint_jax.programs.onnx_emitter import Emitter  # noqa: E402
+from sdpoint_jax.interop.inference_trace import fold, symbolic_batch  # noqa: E402
+from sdpoint_jax.interop.onnx_emitter import Emitter  # noqa: E402
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((2, 6, 8, 4), np.float32)

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
+from sdpoint_jax.choice.selection import PREFERENCES, Budget, check_device, choose_runtime, pareto_front, select
+from sdpoint_jax.choice.table import InstanceRow, Latency
 from sdpoint_jax.instance import list_instances
-from sdpoint_jax.serving.selection import PREFERENCES, Budget, check_device, choose_runtime, pareto_front, select
-from sdpoint_jax.storage.table import InstanceRow, Latency
 
 INSTANCES = list_instances(9, has_stem_point=False)
 DEVICE = "cpu, 2 threads"
@@ -356,5 +356,5 @@ def test_the_front_of_random_tables_is_what_no_other_row_dominates():
 
 
 def test_selection_does_not_import_jax():
-    code = "import sdpoint_jax.serving.selection, sys; assert 'jax' not in sys.modules"
+    code = "import sdpoint_jax.choice.selection, sys; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

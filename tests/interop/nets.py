@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
-from export.families import KINDS, Family
 from flax.traverse_util import flatten_dict, unflatten_dict
+from interop.families import KINDS, Family
 
 from sdpoint_jax.models import registry, resnet
 from sdpoint_jax.models.architecture import Architecture

@@ -91,7 +91,7 @@ class OnnxSessions:
     def _open(self, instance):
         import onnxruntime
 
-        from sdpoint_jax.programs.onnx_graph import build_graph, digest, refer_to_file
+        from sdpoint_jax.interop.onnx_graph import build_graph, digest, refer_to_file
 
         model, arrays = build_graph(self._swept, instance)
         weights = {}

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.programs.onnx_graph import build_graph, digest, refer_to_file
+from sdpoint_jax.interop.onnx_graph import build_graph, digest, refer_to_file
 from sdpoint_jax.storage.artefact import Artefact
 
 WEIGHTS = "params.weights"

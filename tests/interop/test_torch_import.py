@@ -17,15 +17,15 @@ from flax.traverse_util import flatten_dict
 from sdpoint_jax.config import to_dict
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import FULL_RESOLUTION
-from sdpoint_jax.models.functional import cross_entropy
-from sdpoint_jax.models.registry import create_model
-from sdpoint_jax.models.torch_import import (
+from sdpoint_jax.interop.torch_import import (
     import_torch_state_dict,
     read_state_dict,
     rename_tensors,
     torch_tensors,
     unwrap,
 )
+from sdpoint_jax.models.functional import cross_entropy
+from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.storage import artefact, checkpoint
 
 NET = "resnet20_projection_norm"

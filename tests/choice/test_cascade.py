@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from sdpoint_jax.choice import cascade as cascades
+from sdpoint_jax.choice.cascade import Cascade, CascadeRow, Measured
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
-from sdpoint_jax.models import cascade as cascades
-from sdpoint_jax.models.cascade import Cascade, CascadeRow, Measured
 
 EARLY, LATE = SDPointInstance(1, 0.5), SDPointInstance(2, 0.5)
 PAIR, TRIPLE = (EARLY, FULL_RESOLUTION), (EARLY, LATE, FULL_RESOLUTION)
@@ -247,5 +247,5 @@ def test_logits_of_other_stages_are_refused():
 
 
 def test_the_arithmetic_needs_no_jax():
-    code = "import sys, sdpoint_jax.models.cascade; sys.exit('jax' in sys.modules)"
+    code = "import sys, sdpoint_jax.choice.cascade; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

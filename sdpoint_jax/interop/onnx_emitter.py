@@ -16,9 +16,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sdpoint_jax.interop.inference_trace import InferenceTrace, Known, affine_step, constant, symbolic_batch
+from sdpoint_jax.interop.onnx_patterns import Found, find_patterns
 from sdpoint_jax.models.trace import Constant, Equation, Value
-from sdpoint_jax.programs.inference_trace import InferenceTrace, Known, affine_step, constant, symbolic_batch
-from sdpoint_jax.programs.onnx_patterns import Found, find_patterns
 
 Layout = tuple[int, ...]  # For each axis in the graph, the axis of the trace.
 Shape = tuple[Any, ...]  # As the trace has it; the batch size is symbolic.

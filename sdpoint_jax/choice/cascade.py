@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sdpoint_jax.choice import pareto
 from sdpoint_jax.instance import SDPointInstance
 
 CONFIDENCES = ("max_probability", "margin")
@@ -441,9 +442,8 @@ def pareto_front(rows: Iterable[CascadeRow]) -> list[CascadeRow]:
 
     The accuracy on the evaluated images plays no part: they are there to report.
     """
-    given = list(rows)
-    places = _front(*(np.array([getattr(row.calibration, key) for row in given]) for key in ("mean_macs", "top1")))
-    return [given[place] for place in places]
+    front = pareto.pareto_front(rows, lambda row: row.calibration.top1, lambda row: (row.calibration.mean_macs,))
+    return front[::-1]
 
 
 def select_cascade(rows: Sequence[CascadeRow], mean_macs: float) -> CascadeRow:

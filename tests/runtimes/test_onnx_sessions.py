@@ -5,10 +5,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from export import nets
+from interop import nets
 
 from sdpoint_jax.instance import FULL_RESOLUTION, SDPointInstance
-from sdpoint_jax.programs.onnx_sessions import OnnxSessions, check_onnxruntime
+from sdpoint_jax.runtimes.onnx_sessions import OnnxSessions, check_onnxruntime
 
 CPU = SimpleNamespace(platform="cpu")
 CHEAP = SDPointInstance(2, 0.75)

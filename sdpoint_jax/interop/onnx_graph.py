@@ -14,8 +14,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from sdpoint_jax.instance import SDPointInstance
-from sdpoint_jax.programs.inference_trace import BATCH, trace_inference
-from sdpoint_jax.programs.onnx_emitter import Emitter
+from sdpoint_jax.interop.inference_trace import BATCH, trace_inference
+from sdpoint_jax.interop.onnx_emitter import Emitter
 from sdpoint_jax.storage.artefact import Artefact
 
 OPSET, IR_VERSION = 17, 8  # Of the year 2022: what every runtime in use reads.

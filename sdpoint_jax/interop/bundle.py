@@ -78,14 +78,14 @@ def _check_formats(formats, fold):
 
 def _write_format(name, swept, instances, folder, fold) -> Mapping[SDPointInstance, Mapping[str, str]]:
     if name == "onnx":  # Late: each format needs its own library alone.
-        from sdpoint_jax.export import onnx
+        from sdpoint_jax.interop import onnx
 
         return onnx.write(swept, instances, folder)
     if name == "safetensors":
-        from sdpoint_jax.export import safetensors
+        from sdpoint_jax.interop import safetensors
 
         return safetensors.write(swept, instances, folder, fold=fold)
-    from sdpoint_jax.export import stablehlo
+    from sdpoint_jax.interop import stablehlo
 
     return stablehlo.write(swept, instances, folder)
 

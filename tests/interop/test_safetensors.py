@@ -6,18 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch_formulation as formulation
-from export import nets
+from interop import nets
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
+from sdpoint_jax.interop.inference_trace import norms_after_convolutions, trace_inference
+from sdpoint_jax.interop.torch_import import import_torch_state_dict, torch_tensors
 from sdpoint_jax.models.functional import normalize
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import NORM_EPSILON
-from sdpoint_jax.models.torch_import import import_torch_state_dict, torch_tensors
-from sdpoint_jax.programs.inference_trace import norms_after_convolutions, trace_inference
 
 load_file = pytest.importorskip("safetensors.numpy").load_file
 
-from sdpoint_jax.export import safetensors as exported  # noqa: E402
+from sdpoint_jax.interop import safetensors as exported  # noqa: E402
 
 CHEAP = SDPointInstance(2, 0.75)
 TORCHVISIONS = ("tiny_resnet", "tiny_resnext", "tiny_preresnet")  # Their shortcuts are those of torchvision's nets.

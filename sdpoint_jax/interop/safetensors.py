@@ -16,11 +16,11 @@ import safetensors.numpy
 from flax import traverse_util
 
 from sdpoint_jax.instance import STEM, SDPointInstance
+from sdpoint_jax.interop.inference_trace import norms_after_convolutions, trace_inference
+from sdpoint_jax.interop.torch_import import torch_tensors
 from sdpoint_jax.models.norm_parameters import params_for
 from sdpoint_jax.models.registry import model_of
 from sdpoint_jax.models.resnet import ARCHITECTURES, architecture
-from sdpoint_jax.models.torch_import import torch_tensors
-from sdpoint_jax.programs.inference_trace import norms_after_convolutions, trace_inference
 from sdpoint_jax.programs.layout import channels_first
 from sdpoint_jax.storage.artefact import Artefact
 

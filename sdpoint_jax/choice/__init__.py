@@ -1,0 +1,1 @@
+"""What chooses among instances: rows of the table, budgets, fronts, cascades. It needs no JAX."""

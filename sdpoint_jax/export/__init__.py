@@ -1,1 +1,0 @@
-"""Exports: SDPoint instances as files that run without this package."""

@@ -1,0 +1,1 @@
+"""Other formats: names and files of PyTorch, ONNX, StableHLO, safetensors."""

@@ -1,0 +1,1 @@
+"""What runs an instance beside XLA."""
