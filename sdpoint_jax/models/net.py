@@ -235,8 +235,12 @@ def draws_random_numbers(model: SDPointNet, image_shape: tuple[int, int, int]) -
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    # BatchNorm over all devices needs their axis.
+    on_devices = jax.vmap(train, in_axes=(None, 0), axis_name=DEVICE_AXIS)
     try:
-        jax.eval_shape(train, {"params": variables.get("params", {})}, images)
+        jax.eval_shape(
+            on_devices, {"params": variables.get("params", {})}, jax.ShapeDtypeStruct((1, *images.shape), jnp.float32)
+        )
     except errors.InvalidRngError:
         return True
     return False
