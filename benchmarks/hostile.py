@@ -255,7 +255,7 @@ class Health(threading.Thread):
 
 
 def send_hostile(port: int, requests: int) -> None:
-    """Send all hostile bodies in turns, on 16 connections."""
+    """Send all hostile bodies in turns, on 64 connections."""
     bodies, left = list(hostile_bodies().values()), iter(range(requests))
 
     def send():
@@ -263,7 +263,7 @@ def send_hostile(port: int, requests: int) -> None:
         for number in left:
             post(connection, bodies[number % len(bodies)])
 
-    threads = [threading.Thread(target=send) for _ in range(16)]
+    threads = [threading.Thread(target=send) for _ in range(64)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -109,6 +109,8 @@ class Client:
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Sends one request; returns status and body."""
         async with self._slots:
+            while self._free and self._free[-1][0].at_eof():  # The service has closed it: it was idle for too long.
+                self._free.pop()[1].close()
             reader, writer = self._free.pop() if self._free else await asyncio.open_connection(self._host, self._port)
             head = f"POST {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)

@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax import experiment, progress
     from sdpoint_jax.evaluation import cascades, sweep, table
     from sdpoint_jax.models import registry
+    from sdpoint_jax.profiling.macs import count_macs
     from sdpoint_jax.programs import hosts
     from sdpoint_jax.storage import artefact, checkpoint
 
@@ -132,12 +133,13 @@ def run(args: argparse.Namespace) -> None:
         held_out = {"calibration_split": args.calibration_split, "calibration_images": args.calibration_images}
         plan = cascades.plan_cascades(parts, instances, args.cascades, split=split, **held_out)
     rows = sweep.sweep(parts, params, instances, output, split=split, baseline=baseline, statistics=statistics)
-    print(table.format_table(rows))
+    full_macs = count_macs(parts.model, FULL_RESOLUTION, parts.image_shape[:2], parts.image_shape[-1])
+    print(table.format_table(rows, full_macs))
     print(f"written: {output}/sweep.csv, sweep.json, sweep.png and {artefact.ARTEFACT}, for Predictor.load")
     if args.cascades:
         found, _ = cascades.evaluate_cascades(parts, plan, output)
         if found:
-            print(cascades.format_table(found, rows))
+            print(cascades.format_table(found, rows, full_macs))
             print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
     if batch_sizes:
         profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes, model=parts.model)

@@ -293,9 +293,11 @@ def plot_cascades(
     files.write_atomically(path, image.getvalue())
 
 
-def format_table(rows: Sequence[CascadeRow], instances: Sequence[InstanceRow]) -> str:
-    """Formats the table for a terminal; beside each cascade the best single instance that costs no more."""
-    full_cost = max(row.macs for row in instances)
+def format_table(rows: Sequence[CascadeRow], instances: Sequence[InstanceRow], full_macs: int) -> str:
+    """Format the table for a terminal; beside each cascade the best single instance that costs no more.
+
+    Costs are shares of `full_macs`.
+    """
     head = f"{'mean MACs':>9} {'cost':>6} {'top-1':>8} {'single':>8} {'calibr.':>8}  cascade (share of the images that"
     lines = [f"{head} stop there, threshold)"]
     for row in sorted(rows, key=lambda row: row.evaluated.mean_macs):
@@ -308,7 +310,7 @@ def format_table(rows: Sequence[CascadeRow], instances: Sequence[InstanceRow]) -
         shares = zip(cascade.stages, found.shares, [*limits, ""])
         stages = " + ".join(f"{stage.name} ({100 * share:.0f} %{limit})" for stage, share, limit in shares)
         lines.append(
-            f"{format_macs(found.mean_macs):>9} {100 * found.mean_macs / full_cost:>4.0f} % {100 * found.top1:>6.2f} % "
+            f"{format_macs(found.mean_macs):>9} {100 * found.mean_macs / full_macs:>4.0f} % {100 * found.top1:>6.2f} % "
             f"{single:>8} {100 * row.calibration.top1:>6.2f} %  {stages}{', averaged' if cascade.average else ''}"
         )
     first = rows[0]

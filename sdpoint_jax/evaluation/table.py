@@ -67,16 +67,15 @@ def pareto_front(
     return pareto.pareto_front(rows, lambda row: row.top1, lambda row: (cost(row),))[::-1]
 
 
-def format_table(rows: Sequence[InstanceRow]) -> str:
-    """Formats the table for a terminal; a star marks the Pareto front."""
+def format_table(rows: Sequence[InstanceRow], full_macs: int) -> str:
+    """Format the table for a terminal; a star marks the Pareto front, and costs are shares of `full_macs`."""
     front = {row.instance for row in pareto_front(rows)}
-    full_cost = max(row.macs for row in rows)
     lines = [f"  {'instance':<12} {'MACs':>9} {'cost':>6} {'top-1':>8} {'top-5':>8} {'loss':>7} {'n':>7}"]
     for row in rows:
         top5 = "-" if row.top5 is None else f"{100 * row.top5:.2f} %"
         lines.append(
             f"{'*' if row.instance in front else ' '} {row.name:<12} {format_macs(row.macs):>9} "
-            f"{100 * row.macs / full_cost:>4.0f} % {100 * row.top1:>6.2f} % {top5:>8} {row.loss:>7.4f} {row.n:>7}"
+            f"{100 * row.macs / full_macs:>4.0f} % {100 * row.top1:>6.2f} % {top5:>8} {row.loss:>7.4f} {row.n:>7}"
         )
     return "\n".join([*lines, "* on the Pareto front: no other instance is both cheaper and more accurate"])
 

@@ -122,7 +122,7 @@ def test_named_cascades_are_reported_each(swept, tmp_path):
     assert cascades.cascade_points(rows) == sorted(
         (row.evaluated.mean_macs, row.evaluated.top1, row.evaluated.top1_standard_error) for row in rows
     )
-    table = cascades.format_table(rows, swept.rows).splitlines()
+    table = cascades.format_table(rows, swept.rows, max(row.macs for row in swept.rows)).splitlines()
     assert len(table) == len(rows) + 2 and "p01_r0.50 (" in table[1] and "300 images" in table[-1]
 
 
