@@ -177,6 +177,8 @@ class _Storage:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
+    if isinstance(storage, Unknown):  # Of a type that NumPy does not have, such as quantised ones.
+        return Unknown()
     if not isinstance(storage, _Storage):
         raise ValueError("a tensor without a storage")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
@@ -213,7 +215,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def __init__(self, file, open_storage):
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")  # For strings of Python 2.
         self._open_storage = open_storage
 
     def find_class(self, module, name):

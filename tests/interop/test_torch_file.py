@@ -1,6 +1,10 @@
 """PyTorch's files are read as plain data, and claim no more memory than the tensors that are used."""
 
+import argparse
+import collections
+import datetime
 import io
+import pathlib
 import pickle
 import resource
 import struct
@@ -49,6 +53,30 @@ def test_tensors_are_read_as_pytorch_reads_them(tmp_path, zipped):
             else:
                 np.testing.assert_array_equal(np.asarray(found[name]), expected.numpy(), strict=True)
     assert found["text"] == "x" and found["nested"] == [1, {"a": (2.5, None)}]
+
+
+@pytest.mark.filterwarnings("ignore:.*[Qq]uantiz")
+def test_what_else_a_checkpoint_holds_is_in_nobodys_way(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        "a.b": torch.ones(2),
+        "a.q": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+        "a.s": torch.eye(2).to_sparse(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5).state_dict(),
+        "random": (np.random.default_rng(0), np.random.get_state(), torch.get_rng_state()),
+        "kinds": (torch.float32, torch.device("cpu"), torch.Size([2]), {1, 2}, 1j, b"x", np.float32(2), np.ones(2)),
+        "times": (datetime.timedelta(1), collections.deque([1]), collections.Counter("ab"), pathlib.Path("x")),
+        "factory": collections.defaultdict(list, {"a": [1]}),
+        "options": argparse.Namespace(inner=argparse.Namespace(x=1)),
+    }
+    found = torch_file.load(saved(content, tmp_path / "x.pt"))
+    assert found.keys() == content.keys() and np.asarray(found["a.b"]).tolist() == [1, 1]
+    assert isinstance(found["a.q"], torch_file.Unknown) and isinstance(found["a.s"], torch_file.Unknown)
+    assert found["options"].origin == "argparse.Namespace" and found["factory"] == {"a": [1]}
 
 
 def test_a_whole_module_gives_its_state_dict(tmp_path):
