@@ -66,6 +66,7 @@ def replacing(path: str | os.PathLike, own_files: OwnFiles, what: str) -> Iterat
             if path.exists():
                 check_replaceable(path, own_files, what)  # Others may have written there since.
                 _check_clashes(path, new, own_files(path) or [])
+                shutil.copymode(path, new)
                 path.rename(temporary / _OLD)
             new.rename(path)
     except OSError as error:

@@ -77,6 +77,13 @@ def test_neighbours_with_similar_names_are_left_alone(tmp_path):
     assert len(os.listdir(tmp_path)) == len(names) + 1
 
 
+def test_a_folder_keeps_its_permissions(tmp_path):
+    (tmp_path / "box").mkdir(mode=0o700)
+    for _ in range(2):
+        write(tmp_path / "box", a="1")
+        assert (tmp_path / "box").stat().st_mode & 0o777 == 0o700
+
+
 def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "box")
     write(tmp_path / "link", a="1")
