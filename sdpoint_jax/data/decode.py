@@ -107,7 +107,7 @@ def _eight_bits(image):
     bits = _depth(image)
     if image.mode == "F" and values.size and 0 <= values.min() and values.max() <= 1:
         values = np.round(255 * values)
-    elif bits > 8 and bits <= 16:
+    elif values.size and bits in range(9, 17) and values.max() > 255:  # Else 8 bits in a wider file: they are kept.
         values = np.asarray(values, np.uint16) >> (bits - 8)  # As PIL does with 16 bits of three colours.
     elif not values.size or not (0 <= values.min() and values.max() <= 255):  # So of values that are not finite.
         low, high = (values.min(), values.max()) if values.size else (0, 0)

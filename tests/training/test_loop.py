@@ -724,7 +724,7 @@ def test_parameters_that_do_not_fit_are_found_before_anything_is_compiled(tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"name": "resnet19"}}, "model 'resnet19': known are .*resnet20"),
+        ({"model": {"name": "resnet19"}}, "model 'resnet19': valid are .*resnet"),
         ({"model": {"dtype": "float16"}}, "dtype 'float16': valid are float32, bfloat16"),
         ({"dataset": {"name": "digitz"}}, "digitz"),
         ({"dataset": {"augmentation": "rotate"}}, "rotate.*shift"),
