@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None, *, command: str | None = None) 
         arguments: the command and its arguments, by default those of the process.
         command: the one to run, where it is not the first of the arguments: for a script of its own, as train.py.
     """
+    if arguments is None:
+        _use_utf8()
     is_process, arguments = arguments is None, sys.argv[1:] if arguments is None else arguments
     try:
         _check_paths(arguments)
@@ -118,6 +120,15 @@ def _check_paths(arguments):
 
 def _module(command):
     return f"sdpoint_jax.cli.{COMMANDS[command][0]}"
+
+
+def _use_utf8():
+    """Start this process again in Python's UTF-8 mode if the locale has another encoding, as LC_ALL=C can have.
+
+    TensorStore, which writes checkpoints, takes no paths in others.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _leave_compilers(code):

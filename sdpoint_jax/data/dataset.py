@@ -1,7 +1,10 @@
 """Data sets by name: the embedded digits, prepared TFDS sets, image folders."""
 
+import atexit
 import dataclasses
 import os
+import shutil
+import tempfile
 import types
 from collections.abc import Mapping
 
@@ -110,10 +113,32 @@ def load_dataset(name: str, data_dir: str | None = None, *, on_bad_image: str = 
     check_local(data_dir or default_data_dir(), "data_dir ")
     if name.startswith(FOLDER):
         return _dataset(name, open_folder(os.path.expanduser(name.removeprefix(FOLDER))), on_bad_image)
-    data_dir = os.path.expanduser(data_dir or default_data_dir())
     if name == digits.NAME:
-        builder.write(digits.image_set(), data_dir, quiet=True)
+        data_dir = _prepare_digits(data_dir)
+    data_dir = expand_data_dir(data_dir)
     return _dataset(name, open_prepared(name, data_dir), on_bad_image)
+
+
+def expand_data_dir(data_dir: str | None) -> str:
+    """Return the directory of prepared sets, TFDS's own by default; raise ValueError if that needs a home directory."""
+    path = os.path.expanduser(data_dir or default_data_dir())
+    if path.startswith("~"):  # A user without HOME and without an entry in the system's list of users.
+        raise ValueError(f"{path}: there is no home directory; give --data-dir, or set TFDS_DATA_DIR")
+    return path
+
+
+def _prepare_digits(data_dir):
+    """Prepare the digits, which the package has with it, and return where: elsewhere if it cannot be in `data_dir`."""
+    try:
+        builder.write(digits.image_set(), found := expand_data_dir(data_dir), quiet=True)
+        return found
+    except (OSError, ValueError):
+        if data_dir:  # The user's choice; the default is nobody's.
+            raise
+    temporary = tempfile.mkdtemp(prefix="sdpoint_jax_")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    builder.write(digits.image_set(), temporary, quiet=True)
+    return temporary
 
 
 def check_on_bad_image(on_bad_image: str) -> None:

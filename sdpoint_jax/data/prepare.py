@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sdpoint_jax.data import builder, download
-from sdpoint_jax.data.dataset import FOLDER, check_on_bad_image, default_data_dir
+from sdpoint_jax.data.dataset import FOLDER, check_on_bad_image, default_data_dir, expand_data_dir
 from sdpoint_jax.data.sources import cifar, digits, folder, imagenet
 from sdpoint_jax.data.sources.tfds import is_in_catalogue, open_prepared, prepared_sets
 from sdpoint_jax.paths import check_local
@@ -37,7 +37,7 @@ def prepare(
     check_local(name)
     check_local(data_dir or default_data_dir(), "data_dir ")
     check_local(source or "", "source ")
-    data_dir = os.path.expanduser(data_dir or default_data_dir())
+    data_dir = expand_data_dir(data_dir)
     if name.startswith(FOLDER):
         return _prepare_folder(name.removeprefix(FOLDER), data_dir, set_name, on_bad_image)
     if name in (found := prepared_sets(data_dir)):
