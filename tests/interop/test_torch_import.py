@@ -100,6 +100,20 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(model, state_dict):
     ]
 
 
+class Huge:
+    """A tensor that would not fit into memory."""
+
+    shape = (1 << 40,)
+
+    def __array__(self, *_, **__):
+        raise AssertionError("was read")
+
+
+def test_tensors_of_other_shapes_and_names_are_not_read(model, state_dict):
+    with pytest.raises(ValueError, match=r"surplus more; wrong shape bn1.bias \(1099511627776,\), not \(16,\)"):
+        import_torch_state_dict(state_dict | {"bn1.bias": Huge(), "more": Huge()}, model)
+
+
 def test_a_state_dict_of_another_net_is_refused(state_dict):
     with pytest.raises(ValueError, match=r"missing bn2.*surplus.*bn1.weight"):
         import_torch_state_dict(state_dict, create_model("preresnet20", CLASSES))
