@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     if batch_sizes:
         profile.check_machine()
     from sdpoint_jax import config as configs  # Late: JAX takes seconds.
-    from sdpoint_jax import experiment, progress
+    from sdpoint_jax import progress
     from sdpoint_jax.evaluation import cascades, sweep, table
     from sdpoint_jax.models import registry
     from sdpoint_jax.profiling.macs import count_macs
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax.storage import artefact, checkpoint
 
     baseline = table.read_baseline(args.baseline) if args.baseline else None
-    arrays, record = checkpoint.load_newest(args.workdir)
+    arrays, record = hosts.together(functools.partial(checkpoint.load_newest, args.workdir))
     if given is None and "config" not in record:
         raise ValueError(f"{args.workdir}: holds no config, as imported weights: give --config=FILE, for the data")
     config = given or configs.from_dict(record["config"])
@@ -113,17 +113,9 @@ def run(args: argparse.Namespace) -> None:
     folder = "sweep" if args.dtype in (None, config.model.dtype) else f"sweep_{args.dtype}"
     config.model.dtype = args.dtype or config.model.dtype
     hosts.check_same(functools.partial(configs.facts, config))
-    parts = hosts.together(functools.partial(experiment.Experiment, config))
-    params = _params(args, arrays)
-    parts.check_params(params, args.workdir)
-    parts.check_classes(record, args.workdir)
-    statistics = _imported_statistics(args, arrays, parts) if args.statistics == "imported" else None
-    instances = parts.instances if statistics is None else (FULL_RESOLUTION,)
-    if args.instances or args.points or args.ratios:
-        points, ratios = comma_separated(args.points, int, "points"), comma_separated(args.ratios, float, "ratios")
-        instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
+    parts, params, statistics, instances = hosts.together(functools.partial(_open, args, config, arrays, record))
     output = pathlib.Path(args.output or pathlib.Path(args.workdir) / folder)
-    split = hosts.together(lambda: parts.test_split)
+    split = parts.test_split
     progress.say(parts.describe_data(training=config.dataset.train_split, sweep=split))
     if args.statistics == "reestimated":
         then, now = record.get("images", {}).get("training"), list(parts.digest(config.dataset.train_split))
@@ -143,6 +135,23 @@ def run(args: argparse.Namespace) -> None:
             print(f"written: {output}/{cascades.TABLE}, {cascades.PLOT} and, in the artefact, the cascades themselves")
     if batch_sizes:
         profile.profile_artefact(output / artefact.ARTEFACT, batch_sizes, model=parts.model)
+
+
+def _open(args, config, arrays, record):
+    """Return (experiment, parameters, imported statistics or None, instances to sweep), all checked."""
+    from sdpoint_jax import experiment
+
+    parts = experiment.Experiment(config)
+    params = _params(args, arrays)
+    parts.check_params(params, args.workdir)
+    parts.check_classes(record, args.workdir)
+    statistics = _imported_statistics(args, arrays, parts) if args.statistics == "imported" else None
+    instances = parts.instances if statistics is None else (FULL_RESOLUTION,)
+    if args.instances or args.points or args.ratios:
+        points, ratios = comma_separated(args.points, int, "points"), comma_separated(args.ratios, float, "ratios")
+        instances = experiment.parse_instances(parts.model, args.instances or "all", points, ratios)
+    parts.test_split  # noqa: B018  # Opens it.
+    return parts, params, statistics, instances
 
 
 def _params(args, arrays):

@@ -146,7 +146,10 @@ def _fail(error) -> NoReturn:
 
 def _report(error):
     """Print an error as one line; return the exit code."""
-    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"  # Without the number of the error.
+    print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr, flush=True)
     distributed.leave_the_others(error)
     return FAILED
 

@@ -13,7 +13,7 @@ from flax import serialization
 from ml_collections import ConfigDict
 
 from sdpoint_jax import progress
-from sdpoint_jax.config import differences, from_dict, named_net, to_dict
+from sdpoint_jax.config import differences, from_dict, named_net, to_dict, with_absolute_paths
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.models.norm_parameters import with_own_norms
 from sdpoint_jax.programs.evaluator import Metrics
@@ -235,11 +235,15 @@ def _from_checkpoint(plan, path, arrays, record):
     return RunState.from_record(plan.shapes_of_state(), arrays, record)
 
 
-def _check_config(config, record, where):
+def _config_of(record, where):
     try:
-        there = from_dict(record["config"])
+        return with_absolute_paths(from_dict(record["config"]))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _check_config(config, record, where):
+    there = _config_of(record, where)
     changed = differences(there, config)
     if "images" not in record and there.dataset.name != config.dataset.name:  # An earlier version kept no digest.
         changed.append(f"dataset.name: {there.dataset.name!r}, {config.dataset.name!r}")
@@ -269,15 +273,15 @@ def _check_images(plan, record, where):
 
 def _check_parameters(plan, record, where):
     """Compare the parameters that `init_from` and `teacher` name now with those of the run; paths may differ."""
-    config, there = plan.config, record["config"]
+    config, there = plan.config, _config_of(record, where)
     teacher = plan.teacher and plan.teacher.checksum
     if record.get("teacher", teacher) != teacher:
         raise ValueError(f"{where}: trained with another teacher than config.teacher {config.teacher!r}")
-    if config.init_from == there.get("init_from", ""):
+    if config.init_from == there.init_from:
         return  # It has done its part, and may be gone by now.
     initial = load_initial(plan.experiment, plan.shapes_of_state())
     if record.get("initial") != (initial and initial.checksum):
         raise ValueError(
-            f"{where} holds a run of another config (there, here): init_from: {there.get('init_from', '')!r}, "
+            f"{where} holds a run of another config (there, here): init_from: {there.init_from!r}, "
             f"{config.init_from!r}, whose parameters are others"
         )

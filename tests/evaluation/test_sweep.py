@@ -106,7 +106,7 @@ def finished(swept, tmp_path):
     sweep.write_results(found, folder, ROWS[0])
     for name in ("cascades.json", "cascades.png"):
         (folder / name).write_text("{}")
-    artefact.unfinished_profile(folder / "artefact").write_text("{}")
+    artefact.unfinished_profile(folder / "artefact").write_text('{"key": null}')
     return folder
 
 

@@ -152,3 +152,15 @@ def test_parameters_of_another_net_say_which_it_is(begun, images):
     plan = Plan(config)
     with pytest.raises(ValueError, match="it is of a wrn10_1: config.model.name=wrn10_1"):
         restore.load_initial(plan.experiment, plan.shapes_of_state())
+
+
+def test_a_run_of_an_earlier_version_is_known_by_its_paths(begun, images, tmp_path, monkeypatch):
+    _, arrays, record = checkpoint.newest(begun / "run/checkpoints")
+    old = {key: value for key, value in record.items() if key not in ("images", "initial", "teacher")}
+    for key, value in {"name": "folder:images", "validation_split": "test", "test_split": "test"}.items():
+        old["config"]["dataset"][key] = value
+    checkpoint.save(tmp_path / "run/checkpoints/3", arrays, old)
+    monkeypatch.chdir(tmp_path)
+    assert restore.restore(Plan(config_of(images)), tmp_path / "run").step == 3
+    with pytest.raises(ValueError, match="another config .there, here.: dataset.name: 'folder:.*/images', 'folder:"):
+        restore.restore(Plan(config_of(begun / "images")), tmp_path / "run")
