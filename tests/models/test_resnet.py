@@ -13,7 +13,6 @@ from jax import lax
 
 from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.architecture import Architecture
-from sdpoint_jax.models.convolution import _pointwise_as_dot, convolution
 from sdpoint_jax.models.registry import create_model
 from sdpoint_jax.models.resnet import ARCHITECTURES, PreActivationBlock, ResNet, architecture
 from sdpoint_jax.models.shared_trace import reestimating
@@ -317,33 +316,6 @@ def test_initial_weights_are_the_authors():
     assert (params["block_02"]["norm1"]["scale"] == 1).all() and (params["block_02"]["norm1"]["bias"] == 0).all()
     bound = 1 / np.sqrt(32)
     assert 0.99 * bound < params["head"]["dense"]["kernel"].max() <= bound
-
-
-@pytest.mark.parametrize("size, stride", [((8, 8), 1), ((7, 9), 2), ((1, 1), 2)])
-def test_a_pointwise_convolution_as_a_dot_is_laxs(size, stride):
-    rng = np.random.default_rng(0)
-    x, kernel = rng.standard_normal((2, *size, 6), np.float32), rng.standard_normal((1, 1, 6, 4), np.float32)
-    settings = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 1, "precision": None}
-    settings |= {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
-    arguments = (x, kernel, (stride, stride), [(0, 0), (0, 0)])
-    expected = lax.conv_general_dilated(*arguments, **settings)
-    np.testing.assert_allclose(_pointwise_as_dot(*arguments, **settings), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (1, 2, 1), (3, 2, 1), (3, 1, 2), (1, 1, 2), (7, 2, 1)])
-def test_a_convolution_is_laxs_with_pytorchs_padding(kernel, stride, groups):
-    x = np.random.default_rng(0).standard_normal((2, 11, 8, 4), np.float32)
-    layer = convolution(6, kernel, stride, groups)
-    variables = layer.init(jax.random.key(0), x)
-    expected = lax.conv_general_dilated(
-        x,
-        variables["params"]["kernel"],
-        (stride, stride),
-        [(kernel // 2, kernel // 2)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
