@@ -126,7 +126,7 @@ def _depth(image):
 
 def _decode_pil(data: bytes, channels: int, formats: Sequence[str] | None) -> np.ndarray:
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=None if formats is None else tuple(formats))
     except Exception as error:  # Likewise.
         raise _undecodable(error) from None
     return from_pil(image, channels)

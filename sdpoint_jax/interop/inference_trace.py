@@ -249,10 +249,12 @@ def norms_after_convolutions(found: InferenceTrace) -> dict[str, FoldedNorm]:
         for atom in equation.inputs:
             if isinstance(atom, Value):
                 uses[atom].append(equation)
-    norms = {}
+    norms: dict[str, FoldedNorm] = {}
     for equation in found.computed:
-        kernel = found.known.get(equation.inputs[1]) if equation.primitive == "conv_general_dilated" else None
-        if kernel and kernel.name and len(uses[equation.inputs[1]]) == 1:
+        if equation.primitive != "conv_general_dilated" or not isinstance(weights := equation.inputs[1], Value):
+            continue
+        kernel = found.known.get(weights)
+        if kernel and kernel.name and len(uses[weights]) == 1:
             layer = kernel.name.rpartition("/")[0]
             if norm := _norm_after(equation, layer, found, uses):
                 norms[layer] = norm
@@ -270,9 +272,10 @@ def _norm_after(convolution, layer, found, uses) -> FoldedNorm | None:
         norm = norm or next(iter(layers), "")
         if layers - {norm} or known.array.size not in (1, shape[axis]):
             break
-        a, b = affine_step(equation.primitive, known.array, is_first) or (None, None)
-        if a is None:
+        step = affine_step(equation.primitive, known.array, is_first)
+        if step is None:
             break
+        a, b = step
         scale, shift = scale * np.ravel(a), shift * np.ravel(a) + np.ravel(b)
     if not norm or not any(name.startswith(f"{_STATISTICS}/{norm}/") for name in _names(found)):
         return None

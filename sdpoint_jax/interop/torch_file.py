@@ -107,7 +107,7 @@ class Unknown(dict):
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
     def append(self, _: Any) -> None:

@@ -314,7 +314,7 @@ def move_aside(path: pathlib.Path) -> None:
     Raises:
         ValueError: nothing in the folder says that it was a checkpoint.
     """
-    if (names := set(os.listdir(path))) and not names & {FILES, "arrays", "record"}:
+    if (found := set(os.listdir(path))) and not found & {FILES, "arrays", "record"}:
         raise ValueError(f"{path}: was not written by this package, and is in the way of a checkpoint; move it")
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
     path.rename(next(new for name in names if not (new := path.with_name(name)).exists()))
