@@ -5,7 +5,8 @@
 
 Starts the service itself. Answers: four clients send an array each time the last one is answered, in turns alone and
 beside one client that sends the same bad body as fast as it can: the most expensive ones of each format that the limits
-allow, and such that they refuse. Prints the ratio of the two rates, with the median and the least of the rounds.
+allow, and such that they refuse. Prints the ratio of all answers beside it to those alone, with its standard error over
+the rounds, which are interleaved because other programs may use the machine.
 Bounds: 5,000 hostile requests, 4,000 silent connections and 400 MB of headers, with the worst answer of /healthz
 meanwhile, then SIGTERM in mid-request.
 """
@@ -209,18 +210,19 @@ def measure_answers(options: argparse.Namespace) -> None:
         for name, hostile in hostile_bodies().items():
             if options.only not in name:
                 continue
-            ratios, alone, requests = [], [], []
+            alone, beside, requests = [], [], []
             for _ in range(options.rounds):
-                before = rate(port, body, options.seconds)
-                beside, sent = rate_beside(port, body, hostile, options.seconds)
-                after = rate(port, body, options.seconds)
-                ratios.append(2 * beside / (before + after))
-                alone.append((before + after) / 2)
+                before = rate(port, body, options.seconds / 2)
+                answers, sent = rate_beside(port, body, hostile, options.seconds)
+                alone.append((before + rate(port, body, options.seconds / 2)) / 2)
+                beside.append(answers)
                 requests.append(sent)
+            ratio = sum(beside) / sum(alone)
+            deviations = [found - ratio * usual for found, usual in zip(beside, alone)]
+            error = statistics.stdev(deviations) / statistics.fmean(alone) / len(alone) ** 0.5
             print(
-                f"{name:<26} {len(hostile):>9,} B  alone {statistics.median(alone):7.1f}/s  "
-                f"ratio {statistics.median(ratios):.2f}, least {min(ratios):.2f}, n={len(ratios)}  "
-                f"hostile {statistics.median(requests):7.1f}/s",
+                f"{name:<26} {len(hostile):>9,} B  alone {statistics.fmean(alone):6.1f}/s  "
+                f"ratio {ratio:.2f} ±{error:.2f}, n={len(alone)}  hostile {statistics.fmean(requests):6.1f}/s",
                 flush=True,
             )
 
