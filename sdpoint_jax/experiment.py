@@ -1,5 +1,6 @@
 """What training and a sweep share: the data, the net, its instances and batches, as a config describes them."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -61,18 +62,31 @@ class Experiment:
         evaluation_batch_size: global; that of the config, rounded up to a multiple of all devices.
     """
 
-    def __init__(self, config: ConfigDict, model: SDPointNet | type[SDPointNet] | None = None):
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: SDPointNet | type[SDPointNet] | None = None,
+        dataset: data.Dataset | Mapping[str, Any] | None = None,
+    ):
         """Raise ValueError, in one line, for anything in `config` that does not fit.
 
         Args:
             config: See `config.default_config`.
-            model: The net, or its class, instead of `config.model.name` and `config.model.args`;
+            model: The net, or its class, instead of `config.model.name` and `config.model.args`.
+            dataset: The data set, or objects with `__len__` and `__getitem__` by split, instead of
+                `config.dataset.name`; see `data.from_sources`.
         """
         check_config(config)
         config = self.config = with_absolute_paths(config)
-        self.dataset = data.load_dataset(
-            config.dataset.name, config.dataset.data_dir or None, on_bad_image=config.dataset.on_bad_image
-        )
+        on_bad_image = config.dataset.on_bad_image
+        if dataset is None:
+            self.dataset = data.load_dataset(
+                config.dataset.name, config.dataset.data_dir or None, on_bad_image=on_bad_image
+            )
+        else:
+            given = dataset if isinstance(dataset, data.Dataset) else data.from_sources(dataset)
+            self.dataset = dataclasses.replace(given, on_bad_image=on_bad_image)
+            config.dataset.name = given.name
         try:
             data.check_augmentation(config.dataset.augmentation)
         except ValueError as error:

@@ -5,7 +5,7 @@ libraries that read data are imported on first use, so that the models do not ne
 """
 
 from sdpoint_jax.data.augment import AUGMENTATIONS, check_augmentation
-from sdpoint_jax.data.dataset import Dataset, load_dataset
+from sdpoint_jax.data.dataset import Dataset, from_sources, load_dataset
 from sdpoint_jax.data.decode import BadImageError
 from sdpoint_jax.data.pipeline import Batches, evaluation_batches, evaluation_resize, training_batches
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_augmentation",
     "evaluation_batches",
     "evaluation_resize",
+    "from_sources",
     "load_dataset",
     "training_batches",
 ]

@@ -3,20 +3,22 @@
 import atexit
 import dataclasses
 import os
+import re
 import shutil
 import tempfile
-import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sdpoint_jax.data import builder
 from sdpoint_jax.data.examples import DecodedSplit, EncodedSet, Examples
 from sdpoint_jax.data.sources import digits
 from sdpoint_jax.data.sources.folder import open_folder
+from sdpoint_jax.data.sources.given import Source, open_sources
 from sdpoint_jax.data.sources.tfds import open_prepared
 from sdpoint_jax.paths import check_local
 
 ON_BAD_IMAGE = ("error", "skip")
 FOLDER = "folder:"  # What the name of an image folder begins with.
+_SLICE = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<slice>(?:(?P<start>-?[\d_.]+)%?)?:(?:(?P<end>-?[\d_.]+)%?)?)\])?")
 VALIDATION = ("validation", "val", "valid")  # One split: a set has it under any of these names.
 
 
@@ -74,19 +76,15 @@ class Dataset:
         return examples
 
     def _parts(self, split):
-        import tensorflow_datasets as tfds
-
+        """Return (name, first example, one past the last) of each part of a sum of splits and slices."""
         names = {name: name for name in self.splits}
         if validation := self.find_split("validation"):
             names = {alias: validation for alias in VALIDATION} | names
-        sizes = {alias: types.SimpleNamespace(num_examples=self.splits[name]) for alias, name in names.items()}
-        try:
-            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(sizes)
-            ends = [sizes[part.splitname].num_examples if part.to is None else part.to for part in parts]
-            return [(names[part.splitname], part.from_ or 0, end) for part, end in zip(parts, ends, strict=True)]
-        except Exception:
-            message = f"unknown split {split!r} of {self.name}; valid: slices and sums of {self._sizes()}"
-            raise ValueError(message) from None
+        wanted = list(self.splits) if split == "all" and "all" not in names else split.split("+")
+        parts = [_slice(part.strip(), names, self.splits) for part in wanted]
+        if None in parts:
+            raise ValueError(f"unknown split {split!r} of {self.name}; valid: slices and sums of {self._sizes()}")
+        return parts
 
     def _sizes(self):
         return ", ".join(f"{name} ({size})" for name, size in self.splits.items())
@@ -119,6 +117,31 @@ def load_dataset(name: str, data_dir: str | None = None, *, on_bad_image: str = 
     return _dataset(name, open_prepared(name, data_dir), on_bad_image)
 
 
+def from_sources(
+    splits: Mapping[str, Source],
+    class_names: Sequence[str] | None = None,
+    *,
+    name: str = "given",
+    image_size: tuple[int, int] | None = None,
+    on_bad_image: str = "error",
+) -> Dataset:
+    """Make a data set of objects with `__len__` and `__getitem__`, by split: train, validation, test.
+
+    Args:
+        splits: Each gives (image, label), or a dict with both; see `sources.given.Source`.
+        class_names: The classes, in order of their labels; by default the attribute `classes` of the first split.
+        name: For messages and records.
+        image_size: (height, width) of every image; None where they vary. A small set of one size is cached in memory.
+        on_bad_image: See `load_dataset`.
+
+    Raises:
+        ValueError: No splits, an empty one, no class names, or a first example of another form.
+    """
+    check_on_bad_image(on_bad_image)
+    names, channels, decoded = open_sources(splits, class_names, name, image_size)
+    return Dataset(name, names, channels, image_size, on_bad_image, decoded)
+
+
 def expand_data_dir(data_dir: str | None) -> str:
     """Return the directory of prepared sets, TFDS's own by default; raise ValueError if that needs a home directory."""
     path = os.path.expanduser(data_dir or default_data_dir())
@@ -139,6 +162,29 @@ def _prepare_digits(data_dir):
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     builder.write(digits.image_set(), temporary, quiet=True)
     return temporary
+
+
+def _slice(text, names, sizes):
+    """Return (name, start, end) of a split or a slice in TFDS's notation; None for what is neither."""
+    found = _SLICE.fullmatch(text)
+    if not found or found["name"] not in names:
+        return None
+    name = names[found["name"]]
+    size = sizes[name]
+    if found["slice"] == ":":
+        return None
+    # As in TFDS, one percent sign makes both ends percentages, which are rounded to the closest example.
+    percent = "%" in (found["slice"] or "")
+    number, whole = (float, 100) if percent else (int, size)
+    try:
+        start, end = number(found["start"] or 0), number(found["end"] or whole)
+    except ValueError:
+        return None
+    if max(abs(start), abs(end)) > whole:
+        return None
+    start, end = (round(at * size / 100) if percent else at for at in (start, end))
+    start, end = (size + at if at < 0 else at for at in (start, end))
+    return name, start, max(start, end)
 
 
 def check_on_bad_image(on_bad_image: str) -> None:

@@ -1,11 +1,14 @@
 """Data sets by name, and their splits."""
 
+import itertools
 import subprocess
 import sys
+import types
 from concurrent import futures
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdpoint_jax import data
 from sdpoint_jax.data import builder
@@ -125,3 +128,39 @@ def test_the_data_dir_of_tfds_is_the_default(dataset, data_dir, monkeypatch):
 def test_an_unknown_treatment_of_bad_images_names_the_known_ones(data_dir):
     with pytest.raises(ValueError, match="'ignore'.*error, skip"):
         data.load_dataset("digits", data_dir, on_bad_image="ignore")
+
+
+@pytest.mark.parametrize("size", [7, 50, 1197])
+def test_slices_are_those_of_tfds(size):
+    import tensorflow_datasets as tfds
+
+    info = {"train": types.SimpleNamespace(num_examples=size)}
+    dataset = data.from_sources({"train": [(np.zeros((1, 1), np.uint8), 0)] * size}, ["only"])
+    ends = ["", "0", "5", "7", "-3", "10%", "33%", "-25%", "12.5%", "100%", "101%", "1_0", "1.5", "%", "x"]
+    for start, end in itertools.product(ends, ends):
+        split = f"train[{start}:{end}]"
+        try:
+            (part,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(info)
+            expected = range(size)[part.from_ : part.to]
+        except (ValueError, AssertionError):
+            expected = range(0)
+        try:
+            ((_, first, last),) = dataset.source(split).parts
+        except ValueError:
+            first = last = 0
+        assert len(range(first, last)) == len(expected) and (not expected or first == expected[0]), split
+
+
+def test_an_image_folder_needs_no_tfds(tmp_path):
+    for path in ("train/a/1.png", "train/b/2.png", "val/a/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / path)
+    code = (
+        "import sys; from sdpoint_jax import data; "
+        f"dataset = data.load_dataset('folder:{tmp_path}'); "
+        "batches = data.training_batches(dataset, 'train[:100%]', batch_size=2, image_size=8, "
+        "seed=0, augmentation='none'); "
+        "print(next(iter(batches))['images'].shape, 'tensorflow_datasets' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "(2, 8, 8, 3) False"
