@@ -107,6 +107,7 @@ def default_config() -> ConfigDict:
     config.epsilon = 1e-8
     config.weight_decay = 1e-4
     config.weight_decay_on = "all"  # Parameters; or kernels, so not on BatchNorm and biases.
+    config.loss = ""  # A loss of your own, module:function, whose code is run; see sdpoint_jax.training.objective.
     config.label_smoothing = 0.0
     config.mixup = 0.0  # Both parameters of the beta distribution of an image's share; 0 for none.
     config.cutmix = 0.0  # Likewise; with both, each pair of images is mixed in one of the two ways.

@@ -34,7 +34,7 @@ IMPORTS = {
         "progress",
         "storage",
     },
-    "training": {"config", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
+    "training": {"config", "data", "experiment", "instance", "models", "profiling", "programs", "progress", "storage"},
     "interop": {"instance", "models", "programs", "storage"},
     "runtimes": {"instance", "interop", "storage"},
     "serving": {"choice", "data", "instance", "models", "paths", "profiling", "programs", "runtimes", "storage"},

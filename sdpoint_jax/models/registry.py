@@ -137,9 +137,10 @@ def check_allowed(name: str, given: Any, where: str) -> None:
         raise ValueError(f"--model={given}: {where} names the net {name}")
 
 
-def name_of(cls: type) -> str:
-    """Return the name by which `create_model` imports a class."""
-    return f"{cls.__module__}:{cls.__qualname__}"
+def name_of(found: Any) -> str:
+    """Return the name by which `create_model` imports a class, and `import_named` a function."""
+    named = found if hasattr(found, "__qualname__") else type(found)  # As an object that can be called.
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def import_class(name: str) -> type[SDPointNet]:
@@ -149,15 +150,7 @@ def import_class(name: str) -> type[SDPointNet]:
         ValueError: There is no such module or class, or it is not an `SDPointNet`.
     """
     module_name, _, class_name = name.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # Last, so that a file there hides no installed package.
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        where = "the module must be installed or in the working directory"
-        raise ValueError(f"model {name!r}: {error}; {where}") from error
-    except (ValueError, TypeError):
-        raise ValueError(f"model {name!r}: give module:Class, as mynets:VGG") from None
+    module = _import_module(module_name, f"model {name!r}", "module:Class, as mynets:VGG")
     found = getattr(module, class_name, None)
     if not isinstance(found, type) or not issubclass(found, SDPointNet):
         nets = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, SDPointNet)]
@@ -167,6 +160,32 @@ def import_class(name: str) -> type[SDPointNet]:
             f"it has {', '.join(own) or 'none at all'}"
         )
     return found
+
+
+def import_named(name: str, key: str) -> Any:
+    """Import what is called `module:function`, also from the working directory; `key` is for the message.
+
+    Raises:
+        ValueError: There is no such module or function.
+    """
+    module_name, _, function_name = name.partition(":")
+    module = _import_module(module_name, f"{key} {name!r}", "module:function, as mymodule:my_function")
+    if not hasattr(module, function_name):
+        names = [found for found, value in vars(module).items() if callable(value) and not found.startswith("_")]
+        raise ValueError(f"{key} {name!r}: {module_name} has no {function_name!r}: {_nearest(function_name, names)}")
+    return getattr(module, function_name)
+
+
+def _import_module(name, what, form):
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # Last, so that a file there hides no installed package.
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        where = "the module must be installed or in the working directory"
+        raise ValueError(f"{what}: {error}; {where}") from error
+    except (ValueError, TypeError):
+        raise ValueError(f"{what}: give {form}") from None
 
 
 def parse_args(args: str) -> dict[str, Any]:

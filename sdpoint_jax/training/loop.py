@@ -8,12 +8,14 @@ import itertools
 import pathlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from sdpoint_jax import progress
 from sdpoint_jax.config import facts
+from sdpoint_jax.data import Dataset
 from sdpoint_jax.instance import set_name
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.registry import name_of
@@ -24,6 +26,7 @@ from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.storage.lock import FolderLock
 from sdpoint_jax.training import restore
 from sdpoint_jax.training.logs import NoLog, RunLog
+from sdpoint_jax.training.objective import STEP_METRICS, Loss
 from sdpoint_jax.training.plan import Plan
 from sdpoint_jax.training.restore import RunState
 from sdpoint_jax.training.step import Control, TrainPrograms
@@ -42,7 +45,12 @@ class Interrupted(RuntimeError):
 
 
 def train(
-    config: ConfigDict, workdir: str | pathlib.Path, model: SDPointNet | type[SDPointNet] | None = None
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    model: SDPointNet | type[SDPointNet] | None = None,
+    *,
+    loss: Loss | None = None,
+    dataset: Dataset | Mapping[str, Any] | None = None,
 ) -> dict[str, Metrics]:
     """Train to the end in `workdir`, from its newest checkpoint where it has one.
 
@@ -50,6 +58,9 @@ def train(
         config: See `config.default_config`.
         workdir: Folder of the run.
         model: A net of your own, or its class, instead of `config.model.name`.
+        loss: A loss of your own instead of `config.loss`; see `training.objective`.
+        dataset: A data set of your own, or objects with `__len__` and `__getitem__` by split, instead of
+            `config.dataset.name`; see `data.from_sources`.
 
     Returns:
         metrics of the last validation, by instance name.
@@ -63,8 +74,10 @@ def train(
     workdir = pathlib.Path(workdir)
     if model is not None:
         config.model.name = name_of(model if isinstance(model, type) else type(model))
+    if loss is not None:
+        config.loss = name_of(loss)
     hosts.check_same(functools.partial(facts, config))
-    plan = hosts.together(functools.partial(_make_plan, config, model))
+    plan = hosts.together(functools.partial(_make_plan, config, model, loss, dataset))
     progress.say(plan.data)
     lock = FolderLock(workdir, "workdir") if is_main_host() else contextlib.nullcontext()
     with contextlib.ExitStack() as held, StopSignals() as signals:
@@ -93,8 +106,8 @@ def train(
     return run.validation
 
 
-def _make_plan(config, model):
-    plan = Plan(config, model)
+def _make_plan(config, model, loss, dataset):
+    plan = Plan(config, model, loss, dataset)
     if config.keep_best_checkpoints:
         restore.check_best_metric(plan)
     return plan
@@ -227,6 +240,7 @@ class Loop:
         """Waits for a step, checks and logs it; returns what the hosts agreed on."""
         metrics = jax.device_get(metrics)
         row = {name: float(metrics[name]) for name in ("loss", "accuracy", "gradient_norm", "learning_rate")}
+        row |= {name: float(value) for name, value in metrics.items() if name not in STEP_METRICS}
         if metrics["instances"]:
             row["instances"] = jax.tree.map(float, metrics["instances"])
         if not metrics["finite"]:

@@ -1,10 +1,21 @@
-"""What a training step minimises: the mean loss of its instances, which labels and soft targets teach."""
+"""What a training step minimises: the mean loss of its instances, which labels and soft targets teach.
+
+A `Loss` of the user's own can take the place of `label_loss`. It maps the logits [b, K] by instance and a batch to
+(loss, metrics): a scalar that the step minimises, and further scalars to log, by name. The batch has, on one device:
+
+- `images` [b, H, W, C], the network's input, and `labels` [b], int32;
+- `other_labels` [b] and `label_shares` [b], with mixup or CutMix: labels of what the images are mixed with, and shares
+  of `labels`;
+- `teacher_logits` [b, K], with a teacher;
+- `step`, int32 scalar, the number of the training step.
+"""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +24,11 @@ from sdpoint_jax.instance import FULL_RESOLUTION, STEM, SDPointInstance
 from sdpoint_jax.models.functional import cross_entropy
 from sdpoint_jax.models.net import SDPointNet
 from sdpoint_jax.models.norm_parameters import params_for
+
+Loss = Callable[[Mapping[SDPointInstance, jax.Array], Mapping[str, jax.Array]], tuple[jax.Array, Mapping[str, Any]]]
+# Metrics that every step has.
+STEP_METRICS = ("loss", "accuracy", "gradient_norm", "finite", "learning_rate", "agreed", "instances")
+_OF_ROWS = ("step", "instance", "skipped", "validation", "images_per_second")  # What else a row of the log holds.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +84,59 @@ def forward_set(
             own = {"params": params_for(params, instance)}
             logits[instance], _ = run(own, x, point, instance=instance, method="suffix")
     return {instance: logits[instance] for instance in instances}
+
+
+def label_loss(
+    logits: Mapping[SDPointInstance, jax.Array],
+    batch: Mapping[str, jax.Array],
+    *,
+    label_smoothing: float = 0.0,
+    distillation: Distillation | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Return (loss, metrics) of a step: the mean of `losses_of_set`, and where there are several, each by its name.
+
+    Args:
+        logits, batch: See `Loss`, in the module's docstring.
+        label_smoothing: See `cross_entropy`.
+        distillation: None for labels alone.
+    """
+    losses = losses_of_set(
+        logits,
+        batch["labels"],
+        batch.get("teacher_logits"),
+        batch.get("other_labels"),
+        batch.get("label_shares"),
+        batch["step"] if distillation and distillation.first_step else None,
+        label_smoothing=label_smoothing,
+        distillation=distillation,
+    )
+    named = {instance.name: {"loss": loss} for instance, loss in losses.items()} if len(losses) > 1 else {}
+    return mean(losses), {"instances": named} if named else {}
+
+
+def mean(values: Mapping[Any, jax.Array]) -> jax.Array:
+    """Return the mean of the values of a mapping, added up in its order."""
+    return functools.reduce(operator.add, values.values()) / len(values)
+
+
+def check_loss(
+    loss: Loss,
+    name: str,
+    instances: Sequence[SDPointInstance],
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    num_classes: int,
+) -> None:
+    """Raise ValueError unless a user's loss returns (loss, metrics), all scalars; `batch` has shapes of one device."""
+    logits = [jax.ShapeDtypeStruct((*batch["labels"].shape, num_classes), jnp.float32)] * len(instances)
+    found = jax.eval_shape(lambda logits, batch: loss(dict(zip(instances, logits)), batch), logits, dict(batch))
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)
+    if not pair or not all(getattr(value, "shape", None) == () for value in (found[0], *found[1].values())):
+        raise ValueError(
+            f"config.loss {name}: returns {jax.tree.map(lambda x: f'{x.dtype}{list(x.shape)}', found)}; needs "
+            "(loss, metrics), a scalar and a dict of scalars"
+        )
+    if taken := sorted({*STEP_METRICS, *_OF_ROWS} & set(found[1])):
+        raise ValueError(f"config.loss {name}: metric {taken[0]!r} is one that every step has; give it another name")
 
 
 def losses_of_set(

@@ -1,6 +1,7 @@
 """What a training run computes, from its config: the state before step 0, the programs, each step's draw."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sdpoint_jax.config import AUTO, named_model
+from sdpoint_jax.data import Dataset
 from sdpoint_jax.experiment import Experiment, parse_instances
 from sdpoint_jax.instance import (
     FULL_RESOLUTION,
@@ -20,12 +22,12 @@ from sdpoint_jax.instance import (
 )
 from sdpoint_jax.models.net import SDPointNet, draws_random_numbers
 from sdpoint_jax.models.norm_parameters import PER_INSTANCE, params_for
-from sdpoint_jax.models.registry import check_allowed
+from sdpoint_jax.models.registry import check_allowed, import_named
 from sdpoint_jax.profiling.macs import count_macs, count_set_macs
 from sdpoint_jax.programs.devices import check_batch_size, shape_of_shards
 from sdpoint_jax.storage import checkpoint
 from sdpoint_jax.training.mixing import Mixing
-from sdpoint_jax.training.objective import Distillation
+from sdpoint_jax.training.objective import Distillation, Loss, check_loss
 from sdpoint_jax.training.optimizer import LearningRate, optimizer_of
 from sdpoint_jax.training.step import TrainPrograms, TrainState, create_state, device_keys, shapes_of_state
 from sdpoint_jax.training.teacher import load_teacher
@@ -59,9 +61,20 @@ class Plan:
         validate_every: steps.
     """
 
-    def __init__(self, config: ConfigDict, model: SDPointNet | type[SDPointNet] | None = None):
-        """Raise ValueError, in one line, for anything in `config` that does not fit; see `Experiment`."""
-        self.experiment = Experiment(config if model else _with_net(config), model)
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: SDPointNet | type[SDPointNet] | None = None,
+        loss: Loss | None = None,
+        dataset: Dataset | Mapping[str, Any] | None = None,
+    ):
+        """Raise ValueError, in one line, for anything in `config` that does not fit; see `Experiment`.
+
+        Args:
+            config, model, dataset: See `Experiment`.
+            loss: The loss, instead of `config.loss`.
+        """
+        self.experiment = Experiment(config if model else _with_net(config), model, dataset)
         self.config = config = self.experiment.config
         splits = {"training": config.dataset.train_split, "validation": self.experiment.validation_split}
         # All that the run and the sweep after it will read is opened before the first step.
@@ -89,6 +102,29 @@ class Plan:
         self._draws = draws_random_numbers(self.experiment.model, self.experiment.image_shape)
         self._optimizer = optimizer_of(config)
         self._schedule = learning_rate_of(config, steps_per_epoch, self.total_steps)
+        self._loss = self._find_loss(loss, local_batch // config.microbatches)
+
+    def _find_loss(self, given, batch_size):
+        """Return the user's loss, checked; None for `label_loss`."""
+        name = self.config.loss
+        if not name:
+            return None
+        for key in ("label_smoothing", "distillation"):
+            if self.config[key]:
+                raise ValueError(f"config.{key} {self.config[key]}: has no effect with config.loss {name}; set it to 0")
+        loss = given or import_named(name, "config.loss")
+        if not callable(loss):
+            raise ValueError(f"config.loss {name}: is no function (logits by instance, batch) -> (loss, metrics)")
+        batch = {
+            "images": jax.ShapeDtypeStruct((batch_size, *self.experiment.image_shape), np.float32),
+            "labels": jax.ShapeDtypeStruct((batch_size,), np.int32),
+            "step": jax.ShapeDtypeStruct((), np.int32),
+        }
+        if self._mixing:
+            batch["other_labels"] = batch["labels"]
+            batch["label_shares"] = jax.ShapeDtypeStruct((batch_size,), np.float32)
+        check_loss(loss, name, self.sets[0], batch, self.experiment.dataset.num_classes)
+        return loss
 
     def create_state(self) -> TrainState:
         """Makes the state before step 0, on the host."""
@@ -151,6 +187,7 @@ class Plan:
             skip_nonfinite=self.config.on_nonfinite == "skip",
             ema_decay=self.config.ema_decay,
             distillation=self._distillation(),
+            loss=self._loss,
             teacher=self.teacher and self.teacher.variables(self.experiment),
         )
 

@@ -29,7 +29,7 @@ from sdpoint_jax.programs.devices import (
     shard,
 )
 from sdpoint_jax.training.mixing import mix
-from sdpoint_jax.training.objective import Distillation, forward_set, losses_of_set
+from sdpoint_jax.training.objective import Distillation, Loss, forward_set, label_loss, mean
 
 PyTree = Any
 KEY_TYPE = "threefry2x32"  # Of random keys: the same numbers on every platform, whatever JAX's default.
@@ -142,6 +142,7 @@ def gradient_step(
     label_smoothing: float = 0.0,
     microbatches: int = 1,
     distillation: Distillation | None = None,
+    loss: Loss | None = None,
 ) -> tuple[PyTree, dict[str, Any]]:
     """Runs forward and backward of some instances on one device of `AXIS`: all that differs between them.
 
@@ -159,34 +160,32 @@ def gradient_step(
         label_smoothing: see `cross_entropy`.
         microbatches: passes over which the batch is split, to save memory.
         distillation: None for labels alone.
+        loss: What to minimise, see `objective`; None for `label_loss` with these settings.
 
     Returns:
-        (grads, metrics): both means over all devices; metrics are `loss` and `accuracy`, means over the instances;
-        `agreed`, the control in which all hosts see what any of them asks for; and, where there are several
-        instances, `instances` with the `loss` and `accuracy` of each by its name.
+        (grads, metrics): both means over all devices; metrics are `loss` and `accuracy`, the mean over the instances;
+        those of `loss`; `agreed`, the control in which all hosts see what any of them asks for; and, where there are
+        several instances, `instances` with the `accuracy` of each by its name, and its `loss` where that is known.
     """
+    minimised = loss or functools.partial(label_loss, label_smoothing=label_smoothing, distillation=distillation)
 
     def loss_and_metrics(params, images, labels, mixes=None, key=None):
         x, others, shares = mix(preprocess(images), labels, mixes)
         # Linen takes the stream "params" for every stream that is not given, whatever the network calls its own.
         rngs = None if key is None else {"params": jax.random.wrap_key_data(key, impl=KEY_TYPE)}
         logits = forward_set(model, params, x, instances, rngs)
-        taught = None if teacher is None else distillation.teacher.apply(teacher, x, train=False)
-        losses = losses_of_set(
-            logits,
-            labels,
-            taught,
-            others,
-            shares,
-            control.step[0] if distillation and distillation.first_step else None,
-            label_smoothing=label_smoothing,
-            distillation=distillation,
-        )
+        seen = {"images": x, "labels": labels, "step": control.step[0]}
+        if others is not None:
+            seen |= {"other_labels": others, "label_shares": shares}
+        if teacher is not None:
+            seen["teacher_logits"] = distillation.teacher.apply(teacher, x, train=False)
+        value, metrics = minimised(logits, seen)
         accuracies = {instance: (own.argmax(-1) == labels).mean() for instance, own in logits.items()}
-        metrics = {"accuracy": _mean(accuracies)}
+        metrics = {**metrics, "accuracy": mean(accuracies)}
         if len(instances) > 1:
-            metrics["instances"] = {i.name: {"loss": losses[i], "accuracy": accuracies[i]} for i in instances}
-        return _mean(losses), metrics
+            known = metrics.get("instances", {})
+            metrics["instances"] = {i.name: {**known.get(i.name, {}), "accuracy": accuracies[i]} for i in instances}
+        return value, metrics
 
     value_and_grad = jax.value_and_grad(loss_and_metrics, has_aux=True)
 
@@ -196,13 +195,9 @@ def gradient_step(
         keys = jax.random.split(jax.random.wrap_key_data(batch["keys"][0], impl=KEY_TYPE), microbatches)
         parts["key"] = jax.random.key_data(keys)
     result = _mean_over(functools.partial(value_and_grad, params), parts, microbatches)
-    (loss, metrics), grads = jax.lax.pmean(result, AXIS)
+    (value, metrics), grads = jax.lax.pmean(result, AXIS)
     agreed = jax.lax.pmax(jax.tree.map(lambda x: x[0], control), AXIS)
-    return grads, {"loss": loss, "agreed": agreed, **metrics}
-
-
-def _mean(values):
-    return functools.reduce(operator.add, values.values()) / len(values)
+    return grads, {"loss": value, "agreed": agreed, **metrics}
 
 
 def _mean_over(function, parts, count):
@@ -354,9 +349,10 @@ class TrainPrograms:
 
         def step(state, control, batch):
             grads, metrics = gradients(state.params, control, batch)
-            of_instances = metrics.pop("instances", {})
+            # The update is one program for all instances and losses: it sees the metrics that all of them have.
+            others = {name: metrics.pop(name) for name in set(metrics) - {"loss", "accuracy", "agreed"}}
             state, metrics = update(state, control, grads, metrics)
-            return state, metrics | {"instances": of_instances}
+            return state, {"instances": {}} | metrics | others
 
         return step
 

@@ -18,6 +18,7 @@ import chex
 import commands
 import everything
 import jax
+import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
@@ -26,7 +27,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from sdpoint_jax.config import default_config
-from sdpoint_jax.data import BadImageError
+from sdpoint_jax.data import BadImageError, from_sources
 from sdpoint_jax.experiment import Experiment
 from sdpoint_jax.instance import SDPointInstance, sample_instance
 from sdpoint_jax.models.norm_parameters import with_own_norms
@@ -777,3 +778,29 @@ def test_milestones_that_round_to_one_step_decay_once_each():
 
 def test_evaluation_batches_are_rounded_up_to_the_devices():
     assert Experiment(tiny.config(evaluation_batch_size=20)).evaluation_batch_size == 24
+
+
+def hinge(logits, batch):
+    """A loss of a user's own, with a metric."""
+    margins = [1 - jnp.take_along_axis(own, batch["labels"][:, None], 1) for own in logits.values()]
+    return jax.nn.relu(jnp.stack(margins)).mean(), {"margin": jnp.stack(margins).max()}
+
+
+def test_a_loss_and_images_of_the_users_own(tmp_path):
+    config = tiny.config(instances="full", validation_instances="full", num_epochs=2.0, reestimate_batches=1)
+    images, labels = tiny.batch(40).values()
+    own = {split: list(zip(images, labels)) for split in ("train", "test")}
+    own = from_sources(own, class_names="0123456789", name="mine", image_size=(8, 8))
+    found = training.train(config, tmp_path, loss=hinge, dataset=own)
+    steps = [row for row in rows(tmp_path) if "loss" in row]
+    assert len(steps) == 2 and all(row["margin"] >= row["loss"] for row in steps)
+    assert found["full"].count == 40 and config.loss.endswith(":hinge")
+    config.loss = ""
+    with pytest.raises(ValueError, match="another config .*: loss: '.*:hinge', ''"):
+        training.train(config, tmp_path, dataset=own)
+    config.label_smoothing = 0.1
+    with pytest.raises(ValueError, match="config.label_smoothing 0.1: has no effect with config.loss .*:hinge"):
+        training.train(config, tmp_path, loss=hinge, dataset=own)
+    config.update(label_smoothing=0.0, loss="optax:l2_los")
+    with pytest.raises(ValueError, match="config.loss 'optax:l2_los': optax has no 'l2_los': valid are l2_loss"):
+        training.train(config, tmp_path, dataset=own)

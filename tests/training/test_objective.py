@@ -21,7 +21,7 @@ from sdpoint_jax.models.norm_parameters import params_for, with_own_norms
 from sdpoint_jax.models.resnet import ResNet
 from sdpoint_jax.programs import devices
 from sdpoint_jax.training import step as steps
-from sdpoint_jax.training.objective import Distillation, distillation_loss, forward_set, losses_of_set
+from sdpoint_jax.training.objective import Distillation, check_loss, distillation_loss, forward_set, losses_of_set
 from sdpoint_jax.training.optimizer import SGD
 
 NETS = {
@@ -112,7 +112,7 @@ def errors(kind, taught, count, dtype, microbatches=1, part=4, own_norms=False, 
         step, devices.AXIS, in_axes=(None, 0, 0, None), out_axes=(None, None), devices=jax.devices()[:count]
     )
     batch, given = {"images": images, "labels": labels}, teacher if taught == "teacher" else None
-    grads, metrics = jax.device_get(together(params, np.zeros((count, 1), np.int32), batch, given))
+    grads, metrics = jax.device_get(together(params, steps.Control(*np.zeros((3, count, 1), np.int32)), batch, given))
     apart = one_by_one(model, distillation, dtype)
     batches = zip(images.reshape(-1, part, size, size, 1), labels.reshape(-1, part))
     found = [jax.device_get(apart(params, teacher, *batch)) for batch in batches]
@@ -201,7 +201,7 @@ def test_soft_targets_of_full_resolution_get_no_gradient():
             steps.gradient_step, model=model, instances=instances, preprocess=jnp.float32, distillation=distillation
         )
         mapped = jax.vmap(step, (None, None, 0), (None, None), axis_name=devices.AXIS, axis_size=1)
-        return jax.jit(mapped)(params, np.zeros((1, 1), np.int32), batch)[0]
+        return jax.jit(mapped)(params, steps.Control(*np.zeros((3, 1), np.int32)), batch)[0]
 
     # At the last point, the suffix is the head alone: the block before it learns from full resolution's labels, and
     # from how far the other instance is from its targets, through that instance's logits only.
@@ -311,3 +311,51 @@ def test_programs_of_sets_update_as_those_of_instances_do():
         assert set(metrics["instances"]) == ({i.name for i in pair} if key == pair else set())
     moved = jax.tree.map(lambda a, b: (a + b) / 2, *ends[:2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ends[2], moved)
+
+
+def squared(logits, batch):
+    """A loss of a user's own: the mean squared distance of probabilities from the labels."""
+    targets = jax.nn.one_hot(batch["labels"], 10)
+    each = [jnp.square(jax.nn.softmax(own) - targets).sum(-1).mean() for own in logits.values()]
+    return sum(each) / len(each), {"largest": jnp.stack(each).max(), "of_step": batch["step"].astype(jnp.float32)}
+
+
+def test_a_loss_of_the_users_own_is_what_a_step_minimises():
+    model, instances = net("PreResNet"), (FULL_RESOLUTION, SDPointInstance(3, 0.5))
+    params = tiny_variables(model, 8)["params"]
+    images = np.random.RandomState(0).standard_normal((8, 8, 8, 1))
+    batch = {"images": images[None], "labels": np.arange(8, dtype=np.int32)[None]}
+    step = functools.partial(
+        steps.gradient_step, model=model, instances=instances, preprocess=jnp.float32, loss=squared, microbatches=2
+    )
+    mapped = jax.vmap(step, (None, None, 0), (None, None), axis_name=devices.AXIS, axis_size=1)
+    grads, metrics = jax.jit(mapped)(params, steps.Control(*np.full((3, 1), 4, np.int32)), batch)
+
+    def expected(params):
+        parts = []
+        for part in (slice(0, 4), slice(4, 8)):
+            logits = forward_set(model, params, jnp.float32(images[part]), instances)
+            parts.append(squared(logits, {"labels": batch["labels"][0, part], "step": jnp.int32(4)})[0])
+        return sum(parts) / 2
+
+    loss, by_hand = jax.jit(jax.value_and_grad(expected))(params)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, by_hand)
+    assert metrics["largest"] >= metrics["loss"] and metrics["of_step"] == 4
+    assert {name: set(found) for name, found in metrics["instances"].items()} == {
+        instance.name: {"accuracy"} for instance in instances
+    }
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda logits, batch: logits[FULL_RESOLUTION].mean(), r"returns float32\[\]; needs \(loss, metrics\)"),
+        (lambda logits, batch: (logits[FULL_RESOLUTION].mean(-1), {}), r"float32\[4\].*a scalar and a dict of scalars"),
+        (lambda logits, batch: (logits[FULL_RESOLUTION].mean(), {"accuracy": 1 * batch["step"]}), "metric 'accuracy'"),
+    ],
+)
+def test_a_loss_of_another_form_is_refused_before_the_first_step(loss, message):
+    batch = {"labels": jax.ShapeDtypeStruct((4,), np.int32), "step": jax.ShapeDtypeStruct((), np.int32)}
+    with pytest.raises(ValueError, match=f"config.loss mine:loss: .*{message}"):
+        check_loss(loss, "mine:loss", (FULL_RESOLUTION, SDPointInstance(1, 0.5)), batch, 10)

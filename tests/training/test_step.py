@@ -44,6 +44,11 @@ def control(step, **asked):
     return steps.Control(step, **asked).shard()
 
 
+def control_of_one():
+    """The control of step 0 on one device."""
+    return steps.Control(*np.zeros((3, 1), np.int32))
+
+
 def test_each_instance_is_traced_and_compiled_once():
     model = tiny.net()
     traced = []
@@ -68,7 +73,7 @@ def test_a_step_holds_no_branch():
     model = tiny.net()
     for instance in model.instances():
         step = functools.partial(steps.gradient_step, model=model, instances=(instance,), preprocess=tiny.preprocess)
-        args = make_state(model).params, np.zeros(2, np.int32), tiny.batch(4)
+        args = make_state(model).params, control_of_one(), tiny.batch(4)
         primitives = _primitives(jax.make_jaxpr(step, axis_env=[(devices.AXIS, 1)])(*args).jaxpr)
         assert "conv_general_dilated" in primitives
         assert not {"cond", "switch", "while", "platform_index"} & primitives
@@ -154,7 +159,7 @@ def test_microbatches_average_the_gradients_of_their_parts():
     parts = [{name: value[i : i + 2] for name, value in batch.items()} for i in range(0, 32, 2)]
     vmapped = jax.vmap(step, in_axes=(None, None, 0), out_axes=(None, None), axis_name=devices.AXIS)
     stacked = jax.tree.map(lambda *x: np.stack(x), *parts)
-    grads, expected = jax.jit(vmapped)(state.params, np.zeros(2, np.int32), stacked)
+    grads, expected = jax.jit(vmapped)(state.params, control_of_one(), stacked)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     moved = jax.tree.map(lambda p, g: p - RATE * (g + 1e-3 * p), state.params, jax.device_get(grads))
     chex.assert_trees_all_close(jax.device_get(halved.params), moved, rtol=1e-3, atol=1e-5)
