@@ -10,10 +10,33 @@ _FORGETTING_SECONDS = 2.0
 _MOST_CLIENTS = 4096
 
 
-def client_of(request: Request) -> Hashable:
-    """Return who sent a request: a host, or a connection where all hosts are this machine."""
-    host, port = request.scope.get("client") or ("", 0)
-    return (host, port) if host.startswith("127.") or host == "::1" else host
+def host_of(request: Request) -> str:
+    """Return the address that a request came from."""
+    return (request.scope.get("client") or ("", 0))[0]
+
+
+class Clients:
+    """Tells clients apart.
+
+    A client is a host. Where all hosts are this machine, it is a connection from its second request on. The first
+    requests of all connections count as those of one client, so that nobody gains by a new connection for each request.
+    """
+
+    def __init__(self) -> None:
+        """Know nobody yet."""
+        self._known: dict[tuple[str, int], None] = {}
+
+    def of(self, request: Request) -> Hashable:
+        """Return who sent a request."""
+        host, port = request.scope.get("client") or ("", 0)
+        if not (host.startswith("127.") or host == "::1"):
+            return host
+        if (host, port) in self._known:
+            return host, port
+        self._known[host, port] = None
+        if len(self._known) > _MOST_CLIENTS:
+            del self._known[next(iter(self._known))]
+        return host
 
 
 class Usage:

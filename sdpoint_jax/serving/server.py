@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 
 from sdpoint_jax.choice.selection import Budget, pareto_front
 from sdpoint_jax.serving import reference
-from sdpoint_jax.serving.clients import Usage, client_of
+from sdpoint_jax.serving.clients import Clients, Usage, host_of
 from sdpoint_jax.serving.contents import EXPECTED, NPY, ContentError, format_of, read_npy
 from sdpoint_jax.serving.decoders import Decoders, TooLate
 from sdpoint_jax.serving.engine import Engine, Late, Refusal
@@ -40,7 +40,7 @@ from sdpoint_jax.serving.uploads import Uploads
 
 PAGE = pathlib.Path(__file__).parent / "page"
 _WATCH_SECONDS = 0.01
-# Seconds that the answer to a bad body waits for each recent one of its client after the first, and at most. Otherwise
+# Seconds that the answer to a bad body waits for each recent one of its host after the first, and at most. Otherwise
 # a client that sends what is refused at once would take more of the event loop than those who wait for the net.
 _FAULT_SECONDS, _MOST_FAULT_SECONDS = 0.01, 1.0
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -204,7 +204,7 @@ class _State:
         self.uploads, self.decoders = Uploads(limits.body_bytes, limits.body_seconds), decoders
         self._budget: dict[str, Any] = {}
         self._preparing: asyncio.Future | None = None
-        self._faults = Usage()
+        self._clients, self._faults = Clients(), Usage()
         self._full_macs = predictor.full_macs
 
     @contextlib.asynccontextmanager
@@ -257,7 +257,7 @@ class _State:
             raise HTTPException(504, str(late)) from None
         except ContentError as error:
             self.metrics.outcomes.labels("refused" if error.status == 503 else "invalid").inc()
-            faults = self._faults.add(client_of(request), 1.0)
+            faults = self._faults.add(host_of(request), 1.0)
             await asyncio.sleep(min(_FAULT_SECONDS * (faults - 1), _MOST_FAULT_SECONDS))
             raise _http_error(error) from None
         except ValueError as error:
@@ -375,7 +375,7 @@ class _State:
         """Return the image in a body; raise ContentError if there is none, Refusal if it cannot be decoded in time."""
         if not body:
             raise ContentError(400, f"empty body: {EXPECTED}")
-        client, kind, form = client_of(request), format_of(body), ""
+        client, kind, form = self._clients.of(request), format_of(body), ""
         self.decoders.greet(client)
         if kind == NPY:
             array = read_npy(body)

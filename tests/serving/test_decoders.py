@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdpoint_jax.serving.contents import ContentError
-from sdpoint_jax.serving.decoder import READY, DecoderSettings, _answer, _strip_jpeg, _strip_png
-from sdpoint_jax.serving.decoders import QUICK, SLOW, Decoders, TooLate
-from sdpoint_jax.serving.images import to_batch
+pytest.importorskip("starlette", reason="needs the extra serve")
+from starlette.requests import Request  # noqa: E402
+
+from sdpoint_jax.serving.clients import Clients  # noqa: E402
+from sdpoint_jax.serving.contents import ContentError  # noqa: E402
+from sdpoint_jax.serving.decoder import READY, DecoderSettings, _answer, _strip_jpeg, _strip_png  # noqa: E402
+from sdpoint_jax.serving.decoders import QUICK, SLOW, Decoders, TooLate  # noqa: E402
+from sdpoint_jax.serving.images import to_batch  # noqa: E402
 
 SHAPE = (16, 16, 3)
 RNG = np.random.default_rng(0)
@@ -217,6 +221,16 @@ def test_the_client_who_has_used_least_is_next_and_a_greedy_one_waits_for_idle_t
 
     loop.run_until_complete(both())
     assert order == ["e", "d"]
+
+
+def test_nobody_gains_by_a_new_connection_for_each_request():
+    def client(host, port):
+        return clients.of(Request({"type": "http", "client": (host, port)}))
+
+    clients = Clients()
+    assert client("10.0.0.1", 1) == client("10.0.0.1", 2) == "10.0.0.1"
+    assert {client("127.0.0.1", port) for port in range(5000)} == {"127.0.0.1"}
+    assert client("127.0.0.1", 4999) == ("127.0.0.1", 4999) and client("127.0.0.1", 0) == "127.0.0.1"
 
 
 def test_one_client_alone_is_never_greedy():
