@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     from sdpoint_jax import progress
     from sdpoint_jax.evaluation import cascades, sweep, table
     from sdpoint_jax.models import registry
-    from sdpoint_jax.profiling.macs import count_macs
+    from sdpoint_jax.profiling.macs import count_macs, distinct_instances
     from sdpoint_jax.programs import hosts
     from sdpoint_jax.storage import artefact, checkpoint
 
@@ -114,6 +114,14 @@ def run(args: argparse.Namespace) -> None:
     config.model.dtype = args.dtype or config.model.dtype
     hosts.check_same(functools.partial(configs.facts, config))
     parts, params, statistics, instances = hosts.together(functools.partial(_open, args, config, arrays, record))
+    if (
+        args.statistics == "reestimated"
+        and not args.instances
+        and (args.points or args.ratios or config.instances == "all")
+    ):
+        instances, same = distinct_instances(parts.model, instances, parts.image_shape[:2], parts.image_shape[-1])
+        for instance, reason in same.items():
+            progress.say(f"{instance.name} is not swept: {reason}")
     output = pathlib.Path(args.output or pathlib.Path(args.workdir) / folder)
     split = parts.test_split
     progress.say(parts.describe_data(training=config.dataset.train_split, sweep=split))

@@ -127,16 +127,18 @@ class ViT(SDPointNet):
     Attributes:
         row: The net.
         image_size: Side of the images that the position embeddings are for, in pixels.
+        patch: Side of a patch, in pixels; None for the row's.
         dtype: Type of the computation.
     """
 
     row: Row
     image_size: int = 224
+    patch: int | None = None
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Create the layers."""
-        self.stem = Stem(self.row, self._grid, self.dtype)
+        self.stem = Stem(self.row._replace(patch=self._patch), self._grid, self.dtype)
         self.blocks = [Block(self.row, self.dtype, name=f"block_{k:02d}") for k in range(1, self.row.depth + 1)]
         self.head = Head(self.num_classes, self.dtype)
 
@@ -146,12 +148,16 @@ class ViT(SDPointNet):
 
     @property
     def _grid(self):
-        return self.image_size // self.row.patch
+        return self.image_size // self._patch
+
+    @property
+    def _patch(self):
+        return self.row.patch if self.patch is None else self.patch
 
     @property
     def min_image_size(self) -> int:
         """Side of one patch."""
-        return self.row.patch
+        return self._patch
 
     def torch_names(self, dialect: str) -> dict[str, str | TorchTensor]:
         """Return PyTorch's name of each layer by ours."""
