@@ -21,6 +21,8 @@ from sdpoint_jax.profiling.macs import count_macs
 PRESETS = {
     "small": {"nets": "resnet20:32:128"},
     "cpu": {"nets": "preresnet50:224:16,resnet20:32:128", "rounds": 5},
+    # Images whose last maps have 1 to 4 cells a side, which have convolutions of their own on a CPU.
+    "small-images": {"nets": "resnet18:64:64,resnet18:96:64,resnet18:112:64"},
     "gpu": {
         "nets": "preresnet101:224:256,resnet50:224:256",
         "dtype": "bfloat16",
