@@ -444,7 +444,10 @@ STUDY_H = dataclasses.replace(
     STUDY_D,
     name="H",
     question="How many epochs of SDPoint training, on all the images that it saw, make a trained net adjustable?",
-    recipes=tuple(map(STUDY_D.recipe, ("taught_3", "paper_0", "taught_20", "paper_20", "taught_10", "taught_1"))),
+    recipes=tuple(
+        dataclasses.replace(STUDY_D.recipe(name), sweeps=_WITH_CASCADES if name.startswith("taught") else (Sweep(),))
+        for name in ("taught_3", "paper_0", "taught_20", "paper_20", "taught_10", "taught_1")
+    ),
     curves=tuple(
         curve
         for curve in STUDY_D.curves
