@@ -1,7 +1,7 @@
 """SDPoint on one screen (Kuen et al. 2018): train one network at all of its costs, measure each, pick one for a budget.
 
 Of the package it uses `SDPointNet` alone, which runs a network as an instance: a downsampling point and a ratio.
-`python examples/sdpoint.py` takes about a minute on two CPU cores.
+`python examples/sdpoint.py` takes a minute of processor time.
 """
 
 import functools
