@@ -36,7 +36,7 @@ TABLE = {
     "convnext_small": Row((3, 3, 27, 3), (96, 192, 384, 768), 0.4),
     "convnext_base": Row((3, 3, 27, 3), (128, 256, 512, 1024), 0.5),
     "convnext_large": Row((3, 3, 27, 3), (192, 384, 768, 1536), 0.5),
-    # For small images: timm's convnext_atto has these depths and widths.
+    # For small images. timm's net of this name has these depths and widths, and convolutions for its linear layers.
     "convnext_atto": Row((2, 2, 6, 2), (40, 80, 160, 320), 0.0),
 }
 

@@ -152,6 +152,11 @@ def _dense_form(x, kernel, windows):
     return _by_columns if whole and not large else _by_taps
 
 
+def _wide(x):
+    """Return `x` in the type that sums are kept in: float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _pointwise(x, kernel, windows, precision):
     """Multiply two matrices: contracting several axes, as the kernel's gradient would, transposes its operands."""
     x = x[:, :: windows.strides[0], :: windows.strides[1]]
@@ -162,10 +167,10 @@ def _pointwise(x, kernel, windows, precision):
 def _by_columns(x, kernel, windows, precision):
     """Multiply the cells of each window, side by side in one row, by the kernel as one matrix."""
     height, width, _, features = kernel.shape
-    padded = _pad(x.astype(jnp.float32), windows)
+    padded = _pad(_wide(x), windows)
     taps = _taps(padded.shape[1:3], (height, width), _Windows(windows.strides, _NO_PADDING))
     columns = jnp.concatenate([tap.cells(padded) for tap in taps], -1)
-    matrix = kernel.reshape(-1, features).astype(jnp.float32)
+    matrix = _wide(kernel.reshape(-1, features))
     product = jnp.matmul(columns.reshape(-1, columns.shape[-1]), matrix, precision=precision)
     return product.reshape(*columns.shape[:3], features).astype(x.dtype)
 
@@ -177,9 +182,9 @@ def _by_taps(x, kernel, windows, precision):
     """
     height, width, channels, features = kernel.shape
     # Sums of bfloat16 are rounded once, here and in the gradients.
-    wide = x.astype(jnp.float32)
+    wide = _wide(x)
     # A split, because its gradient is one concatenation; that of slices would be a sum of padded kernels.
-    weights = lax.split(kernel.reshape(-1, features).astype(jnp.float32), [channels] * (height * width))
+    weights = lax.split(_wide(kernel.reshape(-1, features)), [channels] * (height * width))
 
     def product(tap):
         cells = tap.cells(wide)
@@ -202,7 +207,7 @@ def _depthwise_sum(x, kernel, windows):
         # The barrier keeps the padding out of the loop.
         x = lax.optimization_barrier(_pad(x, windows))
         taps = _taps(x.shape[1:3], sides, _Windows(windows.strides, _NO_PADDING))
-    wide, weights = x.astype(jnp.float32), kernel.reshape(-1, 1, 1, 1, kernel.shape[3]).astype(jnp.float32)
+    wide, weights = _wide(x), _wide(kernel.reshape(-1, 1, 1, 1, kernel.shape[3]))
     return _add_up(lambda tap: tap.cells(wide) * weights[tap.number], taps).astype(x.dtype)
 
 
@@ -245,14 +250,14 @@ def _depthwise_kernel_gradient(x, kernel, windows, gradient):
     def add_row(row, total):
         # XLA makes one loop of it, over [batch, height, width, channels], and the rows stay in the CPU's cache. A sum
         # for each cell of the kernel would read the whole batch each time, and take 5 times as long.
-        cells = lax.dynamic_slice_in_dim(padded, row * down, height, 1).astype(jnp.float32)
-        of_row = lax.dynamic_slice_in_dim(gradient, row, 1, 1).astype(jnp.float32)
+        cells = _wide(lax.dynamic_slice_in_dim(padded, row * down, height, 1))
+        of_row = _wide(lax.dynamic_slice_in_dim(gradient, row, 1, 1))
         for column in range(columns):
             start = column * right
             total += cells[:, :, start : start + width] * of_row[:, :, column : column + 1]
         return total
 
-    zeros = jnp.zeros((batch, height, width, channels), jnp.float32)
+    zeros = jnp.zeros((batch, height, width, channels), jnp.promote_types(x.dtype, jnp.float32))
     total = lax.fori_loop(0, rows, add_row, zeros).sum(0)
     return total.reshape(kernel.shape).astype(kernel.dtype)
 

@@ -83,7 +83,7 @@ class SDPointNet(nn.Module, kw_only=True):
             train: Static: whether BatchNorm uses the batch's own statistics, and dropout is on.
 
         Returns:
-            logits [B, K], float32.
+            logits [B, K], in float32 at least.
 
         Raises:
             ValueError: The network does not have the instance, or the images are too small for it.
@@ -122,7 +122,7 @@ class SDPointNet(nn.Module, kw_only=True):
             raise ValueError(
                 f"{type(self).__name__}: the head gives {_describe(logits)}, needs logits [B, {self.num_classes}]"
             )
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
     def _pass_point(self, x, point, instance):
         """Return the input of the layer after `point`: the only place where a point acts."""

@@ -231,7 +231,11 @@ ARCHITECTURES |= {
     "wide_resnet101_2": _grouped(101, 1, 128),
 }
 
-PATTERNS = ("wrn{depth}_{width}, depth 6n + 4", "resnet{depth}_w{width}, depth 6n + 2")
+PATTERNS = (
+    "wrn{depth}_{width}, depth 6n + 4",
+    "resnet{depth}_w{width}, depth 6n + 2",
+    *(f"any of them with _{kind} behind its name" for kind in get_args(ShortcutKind)),
+)
 
 
 def architecture(name: str) -> Architecture:

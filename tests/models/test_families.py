@@ -286,7 +286,7 @@ PARITY = [
     ("vit_b_32", "torchvision", 224),
     ("mobilenetv3_small_100", "timm", 64),
     ("regnety_004", "timm", 64),
-    ("convnext_atto", "timm", 64),
+    ("convnext_tiny", "timm", 64),
     ("vit_tiny_patch16_224", "timm", 224),
 ]
 

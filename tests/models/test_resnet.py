@@ -321,7 +321,7 @@ def test_initial_weights_are_the_authors():
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("resnet51", {}, "model 'resnet51': known are resnet18, .*preresnet200.*wrn"),
+        ("resnet51", {}, "model 'resnet51': valid are resnet5.*module:Class"),
         ("wrn27_10", {}, "model 'wrn27_10'"),
         ("wrn28_0", {}, "model 'wrn28_0'"),
         ("resnet18", {"num_classes": 0}, "num_classes 0: at least 1"),
