@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from sdpoint_jax.models.architecture import Architecture, BlockSpec, ShortcutKind, ShortcutSpec
 from sdpoint_jax.models.convolution import convolution
+from sdpoint_jax.models.layers import dense, global_average
 from sdpoint_jax.models.net import SDPointNet, TorchTensor
 
 NORM_EPSILON = 1e-5  # What BatchNorm adds to a variance.
@@ -110,10 +111,7 @@ class Head(nn.Module):
         """Maps [B, h, w, C] to logits [B, K], float32."""
         if self.architecture.preactivation:
             x = nn.relu(self.norm(use_running_average=not train, name="norm")(x))
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
-        # PyTorch's default for a linear layer: uniform in +-1 / sqrt(inputs).
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        return nn.Dense(self.num_classes, kernel_init=init, name="dense")(x)
+        return dense(self.num_classes, name="dense")(global_average(x))
 
 
 class ResNet(SDPointNet):
